@@ -1,0 +1,1 @@
+"""The configuration tree: pydantic only, no torch; importable anywhere."""

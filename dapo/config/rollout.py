@@ -1,0 +1,42 @@
+"""The generation engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dapo.config.base import Frozen
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class RolloutConfig(Frozen):
+    """How responses are sampled during training."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """`auto`: vLLM where it is installed and an accelerator is present, else transformers."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = -1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: the model's compute dtype."""
+    tensor_parallel: Count = 1
+    expert_parallel: bool = False
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of a device's memory for the engine (accelerators only)."""
+    kv_cache_mib: Count = 256
+    """Key-value cache on CPU."""
+    max_num_seqs: Count = 256
+    """Sequences decoded together."""
+    chunked_prefill: bool = True
+    eager: bool = True
+    """No graph capture."""
+    deadline_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A generation round that takes longer means a hung engine: it is restarted."""
+    restarts: Annotated[int, Field(ge=0)] = 2
+    """Engine restarts a step may use before the run fails."""
+    probe_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
+    probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Mean |difference| in nats that stops the run; null: 1e-3 in float32, 0.05 in bfloat16."""

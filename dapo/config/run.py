@@ -1,0 +1,157 @@
+"""The whole configuration of a run: one tree, saved resolved with the run, enough to repeat it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dapo.config.algorithm import AlgorithmConfig
+from dapo.config.base import Frozen
+from dapo.config.data import DataConfig, RewardConfig, ValidationConfig
+from dapo.config.model import ModelConfig
+from dapo.config.rollout import RolloutConfig
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class BatchConfig(Frozen):
+    """Counted in prompts; everything else follows."""
+
+    prompts_per_step: Count = 64
+    """Groups trained on per step."""
+    prompts_per_update: Count = 16
+    """Groups per optimiser update; divides prompts_per_step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt (G)."""
+    prompts_per_round: Count | None = None
+    """Prompts of the first generation round; null: as many as the measured keep rate asks for."""
+    max_response_tokens: Count = 2048
+    tokens_per_pack: Count = 3072
+    """Token budget of one forward pass of one sequence-parallel group."""
+
+
+class TrainConfig(Frozen):
+    """How long, and what happens on the way."""
+
+    steps: Count = 100
+    epochs: Count = 30
+    """The run ends after `steps` steps or `epochs` passes over the prompts, whichever is first."""
+    test_freq: Annotated[int, Field(ge=0)] = 1
+    """Validate every so many steps (and after the last); 0: only at the end."""
+    save_freq: Annotated[int, Field(ge=0)] = 20
+    """Save a checkpoint every so many steps (and after the last); 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept; the best by validation accuracy is kept besides."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest whole checkpoint of this run."""
+
+
+class RayConfig(Frozen):
+    """Where the training job runs."""
+
+    address: str | None = None
+    """Dashboard address of a cluster (http://host:8265); null: a Ray on this machine, started if there is none."""
+    token_env: str = "RAY_AUTH_TOKEN"
+    """Name of the environment variable that holds the cluster's token, where it asks for one."""
+    env: dict[str, str] = {}
+    """Environment variables of the job and all its workers (goes by runtime_env)."""
+    preload: dict[str, str] = {}
+    """Variables that must exist before a process starts (LD_PRELOAD): checked on the workers, not only set."""
+    restarts: Annotated[int, Field(ge=0)] = 2
+    """Times a crashed job is started again; it resumes from its last checkpoint."""
+
+
+class MlflowConfig(Frozen):
+    """Where the run is recorded."""
+
+    tracking_uri: str | None = None
+    """Any MLflow URI; null: MLFLOW_TRACKING_URI, else sqlite in `run_root`."""
+    experiment: str = "dapo"
+    registered_model: str | None = None
+    """Registry name for checkpoints; null: not registered."""
+
+
+class RunConfig(Frozen):
+    """A DAPO run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "geo3k-tiny"
+    """Names the run folder, the Ray job and the MLflow run."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """`auto`: NPU, else CUDA, else CPU, whatever is present. A named device must be present."""
+    run_root: str = "runs"
+    """Folder that holds one folder per run."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    validation: ValidationConfig = ValidationConfig()
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.batch.prompts_per_step // self.batch.prompts_per_update
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.batch.max_response_tokens
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of sequence-parallel ranks: each trains on its own packs."""
+        return self.model.parallel.world_size // self.model.parallel.sequence_parallel
+
+    def derived(self) -> dict[str, int | str]:
+        """Numbers that follow from the independent ones; printed at the start."""
+        p = self.model.parallel
+        fsdp = p.fsdp_size or p.world_size
+        return {
+            "updates per step": self.updates_per_step,
+            "responses per step": self.batch.prompts_per_step * self.batch.group_size,
+            "responses per update": self.batch.prompts_per_update * self.batch.group_size,
+            "longest sequence (tokens)": self.max_sequence_tokens,
+            "data-parallel ranks": self.data_parallel,
+            "sharding": f"FSDP {fsdp}" if fsdp == p.world_size else f"HSDP {p.world_size // fsdp} x {fsdp}",
+        }
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> RunConfig:
+        b, p = self.batch, self.model.parallel
+        if b.prompts_per_step % b.prompts_per_update:
+            fits = [n for n in range(1, b.prompts_per_step + 1) if b.prompts_per_step % n == 0]
+            near = sorted(sorted(fits, key=lambda n: abs(n - b.prompts_per_update))[:2])
+            raise ValueError(
+                f"batch.prompts_per_update={b.prompts_per_update} must divide batch.prompts_per_step="
+                f"{b.prompts_per_step} (a step makes whole updates); try {' or '.join(map(str, near))}"
+            )
+        if b.tokens_per_pack < self.max_sequence_tokens:
+            raise ValueError(
+                f"batch.tokens_per_pack={b.tokens_per_pack} cannot hold the longest sequence: data.max_prompt_tokens "
+                f"+ batch.max_response_tokens = {self.max_sequence_tokens}; raise it to at least that"
+            )
+        if p.world_size % p.sequence_parallel:
+            raise ValueError(
+                f"model.parallel.sequence_parallel={p.sequence_parallel} must divide "
+                f"model.parallel.world_size={p.world_size}"
+            )
+        if p.fsdp_size and p.world_size % p.fsdp_size:
+            raise ValueError(
+                f"model.parallel.fsdp_size={p.fsdp_size} must divide model.parallel.world_size={p.world_size}"
+            )
+        if p.world_size % self.rollout.tensor_parallel:
+            raise ValueError(
+                f"rollout.tensor_parallel={self.rollout.tensor_parallel} must divide "
+                f"model.parallel.world_size={p.world_size}"
+            )
+        over = self.algorithm.overlong
+        if over.soft_punishment and over.buffer_tokens >= b.max_response_tokens:
+            raise ValueError(
+                f"algorithm.overlong.buffer_tokens={over.buffer_tokens} must be smaller than "
+                f"batch.max_response_tokens={b.max_response_tokens}, else the penalty starts at the first token"
+            )
+        return self

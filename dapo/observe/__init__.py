@@ -1,0 +1,1 @@
+"""What happened: the journal, MLflow, the report."""

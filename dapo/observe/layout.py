@@ -1,0 +1,80 @@
+"""Where things lie in a run's folder, and what names the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapo.config.run import RunConfig
+
+# What may change between two starts of one run without making it another run.
+_NOT_IDENTITY = {
+    "train": {"steps", "epochs", "test_freq", "save_freq", "keep_checkpoints", "resume"},
+    "ray": True,
+    "mlflow": True,
+    "run_root": True,
+}
+
+
+def run_id(config: RunConfig) -> str:
+    """Name plus 8 hex digits of everything that changes what is learned: the same configuration finds its run again."""
+    identity = config.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{config.name}-{digest[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run's folder. All are made by whoever writes first."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        return cls(Path(config.run_root).resolve() / run_id(config))
+
+    @property
+    def id(self) -> str:
+        return self.root.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        """JSON: {"data": folder of prepared data, "weights": Hugging Face folder}, absolute."""
+        return self.root / "inputs.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.jsonl"
+
+    @property
+    def job_log(self) -> Path:
+        return self.root / "job.log"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists while somebody asks the run to stop after saving a checkpoint."""
+        return self.root / "stop-request"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Holds state/ (sharded, for resuming), hf/ (Hugging Face layout) and manifest.json, written last."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def validation_table(self, step: int) -> Path:
+        """JSON lines: id, question, answer, response, extracted, accuracy, format, tokens, truncated, images
+        (base64 PNG), tags."""
+        return self.root / "validation" / f"step-{step:06d}.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"

@@ -1,0 +1,1 @@
+"""Before anything is held: checks of the environment and the plan of a run."""

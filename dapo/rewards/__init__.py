@@ -1,0 +1,1 @@
+"""Rewards are outcomes, not numbers: Scored | TimedOut | Crashed | Truncated."""

@@ -1,0 +1,1 @@
+"""The training engine: FSDP2 policy, packing, log-probabilities, checkpoints."""

@@ -1,0 +1,55 @@
+"""The one door to training. The controller knows `Policy`; FSDP2, devices and packing to tensors are behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dapo.types import PackPlan, TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """Per group, per sequence: one float per response token (nats, after temperature, banned ids left out)."""
+
+    values: tuple[tuple[tuple[float, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """One optimiser update, summed over all ranks."""
+
+    metrics: dict[str, float]
+    """Names of docs/metrics.md without prefix: loss, grad_norm, entropy, clip_high, clip_low, clip_dual,
+    clipped_probability, approx_kl, lr, tokens, max_ratio_error (first update only)."""
+
+
+class Policy(Protocol):
+    """The model being trained, whatever it is spread over."""
+
+    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of the weights before the first update of the step; kept by the policy for `update` besides."""
+        ...
+
+    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of the frozen reference model (only where the configuration asks for KL)."""
+        ...
+
+    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
+        """Optimiser update `index` of the step: forward, loss, backward over its packs, one AdamW update."""
+        ...
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Give the weights to the engine and prove that they arrived; returns seconds and GB/s."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the sharded state (weights, optimiser, RNG of every rank) into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder that plain transformers loads."""
+        ...

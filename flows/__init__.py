@@ -1,0 +1,1 @@
+"""Prefect flows: how work is arranged. No torch, no ray."""
