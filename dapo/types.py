@@ -7,7 +7,7 @@ weight updates sent to the engine (0 = the weights the run started from).
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 class FinishReason(enum.StrEnum):
@@ -176,8 +176,6 @@ class TrainSequence:
     """By the engine while sampling."""
     trained: bool = True
     """False: masked out of the loss and of its denominator (overlong filtering, failed check)."""
-    token_rewards: tuple[float, ...] = ()
-    """Per-token addition to the advantage (KL in reward); empty where unused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +193,7 @@ class TrainBatch:
     groups: tuple[TrainGroup, ...]
     updates: tuple[tuple[int, ...], ...]
     policy_version: int
-    extra: dict[str, float] = field(default_factory=dict)
-    """Numbers about the batch worth logging."""
+    """Weights the batch is trained with first; a group may be older (`RolloutGroup.policy_version`)."""
 
 
 @dataclass(frozen=True, slots=True)
