@@ -185,13 +185,17 @@ def assert_matches(actual: Any, expected: Any, tolerance: Tolerance = EXACT, whe
         assert len(actual) == len(expected), f"{where}: {len(actual)} entries, expected {len(expected)}"
         for index, value in enumerate(expected):
             assert_matches(actual[index], value, tolerance, f"{where}[{index}]")
-    elif isinstance(expected, bool) or expected is None:
-        assert actual == expected, f"{where}: {actual!r}, expected {expected!r}"
-    elif isinstance(expected, str) and not (expected in _NON_FINITE and isinstance(actual, float)):
+    elif not _is_number(actual, expected):
         assert actual == expected, f"{where}: {actual!r}, expected {expected!r}"
     else:
-        number = _NON_FINITE[expected] if isinstance(expected, str) else expected
+        number = _numbers(expected)
         relative, absolute = tolerance
         same = math.isclose(actual, number, rel_tol=relative, abs_tol=absolute)
         both_nan = math.isnan(actual) and math.isnan(number)
         assert same or both_nan, f"{where}: {actual!r}, expected {number!r} (tolerance {relative}, {absolute})"
+
+
+def _is_number(actual: Any, expected: Any) -> bool:
+    if isinstance(expected, str):
+        return expected in _NON_FINITE and isinstance(actual, float)
+    return isinstance(expected, int | float) and not isinstance(expected, bool)
