@@ -135,8 +135,9 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    rewards: tuple[float, ...] = ()
-    """One per rollout: the weighted sum of its reward parts (float64). Empty until rewards are combined."""
+    rewards: tuple[float | None, ...] = ()
+    """One per rollout: the weighted sum of its reward parts (float64), None where the check failed. Empty until
+    rewards are combined."""
     serial: int = 0
     """Order of generation in the run; the training order follows it."""
 

@@ -1,0 +1,342 @@
+"""The DAPO step and the run around it, single-threaded and readable: no tensor, no device, no Ray in sight.
+
+    collect_groups -> build_train_batch -> plan_packs -> old log-probs (reference) -> updates -> sync
+
+Generation, training and judging are behind three doors (`Engine`, `Policy`, `RewardPool`); the same controller runs
+with a small deterministic engine and policy in a unit test. docs/algorithm.md derives the step from the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dapo.algo.batch import build_train_batch, judged, subtract_kl
+from dapo.algo.groups import GroupBuffer
+from dapo.algo.health import Health
+from dapo.algo.kl import KlController
+from dapo.algo.packing import plan_packs
+from dapo.config.run import RunConfig
+from dapo.data.loader import PromptLoader
+from dapo.errors import EngineError, RewardError, RunStopped, StarvationError
+from dapo.eval.validate import summarise, table_rows
+from dapo.observe.journal import Journal
+from dapo.observe.layout import RunFolder
+from dapo.observe.metrics import step_metrics
+from dapo.rewards.pool import RewardPool
+from dapo.runtime import checkpoints
+from dapo.train.policy import Policy, UpdateResult
+from dapo.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class GenerationDoor(Protocol):
+    """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
+    def restart(self) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the controller needs of the processor."""
+
+    stop_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...]
+    decode: Any
+    """(ids) -> str"""
+
+
+@dataclass
+class Counters:
+    """What a resumed run must know besides weights, loader, buffer and health."""
+
+    step: int = 0
+    policy_version: int = 0
+    serial: int = 0
+    """Groups generated so far."""
+    responses: int = 0
+    """Responses generated for training so far, whether they were trained on or not."""
+    starved_steps: int = 0
+    best_step: int = 0
+    best_accuracy: float = -1.0
+
+
+class Controller:
+    """One run, from its newest checkpoint (or its beginning) to its configured end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        journal: Journal,
+        policy: Policy,
+        engine: GenerationDoor,
+        rewards: RewardPool,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        text: Text,
+    ) -> None:
+        self.config, self.folder, self.journal = config, folder, journal
+        self.policy, self.engine, self.rewards = policy, engine, rewards
+        self.prompts, self.held_out, self.text = prompts, held_out, text
+        self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
+        self.buffer = GroupBuffer(config.algorithm.sampling, config.batch.prompts_per_step)
+        self.health = Health(config.algorithm.alarms)
+        self.kl = KlController(config.algorithm.kl)
+        self.at = Counters()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._recent: list[float] = []
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Train to the end; returns `finished` or `stopped`."""
+        train = self.config.train
+        try:
+            self.resume()
+            self.sync()
+            if self.at.step == 0 and self.config.validation.before_training:
+                self.validate()
+            while self.at.step < train.steps and not self.loader.exhausted:
+                self.stop_if_asked()
+                self.step()
+                last = self.at.step == train.steps or self.loader.exhausted
+                if last or _due(self.at.step, train.test_freq):
+                    self.validate()
+                if last or _due(self.at.step, train.save_freq):
+                    self.checkpoint()
+        except RunStopped as stop:
+            if self.at.step and not self.folder.checkpoint(self.at.step).exists():
+                self.checkpoint()
+            self.journal.append("ended", self.at.step, status="stopped", reason=str(stop))
+            return "stopped"
+        self.journal.append("ended", self.at.step, status="finished", reason=f"step {self.at.step} of {train.steps}")
+        return "finished"
+
+    def step(self) -> None:
+        """One step of DAPO (algorithm 1 of the paper, lines 3 to 12)."""
+        started = time.perf_counter()
+        self.seconds.clear()
+        at = self.at
+        groups = self.collect_groups()
+        batch = build_train_batch(groups, self.config.algorithm, self.config.batch.prompts_per_update, at.policy_version)
+        plan = plan_packs(
+            batch, ranks=self.config.data_parallel, tokens_per_pack=self.config.batch.tokens_per_pack
+        )
+        self.engine.sleep()
+        with self.phase("logprobs"):
+            old = self.policy.old_logprobs(batch, plan)
+            kl = 0.0
+            if self.config.algorithm.kl.needs_reference:
+                reference = self.policy.reference_logprobs(batch, plan)
+                if self.config.algorithm.kl.reward_coef:
+                    groups, kl = subtract_kl(groups, old, reference, self.kl.coef, self.config.algorithm.kl.kind)
+                    batch = build_train_batch(
+                        groups, self.config.algorithm, self.config.batch.prompts_per_update, at.policy_version
+                    )
+        updates: list[UpdateResult] = []
+        for index in range(len(batch.updates)):
+            with self.phase("update", index, len(batch.updates)):
+                updates.append(self.policy.update(batch, plan, index))
+        self.kl.update(kl, sum(len(g.rollouts) for g in groups))
+        at.step += 1
+        at.policy_version += 1
+        sync = self.sync()
+        metrics = step_metrics(groups, [u.metrics for u in updates], self.buffer.report(), at.responses)
+        self.finish_step(metrics | sync | self.kl.metrics(), time.perf_counter() - started)
+
+    def collect_groups(self) -> list[RolloutGroup]:
+        """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""
+        self.buffer.begin_step(self.at.policy_version)
+        while (size := self.buffer.next_round_size()) > 0:
+            indices = self.loader.take(size)
+            if not indices:
+                break
+            groups = self.generate([self.prompts[i] for i in indices], self.training_sampling(), "generate")
+            self.at.responses += sum(len(g.rollouts) for g in groups)
+            self._stop_on_broken_reward(groups)
+            self.buffer.add(groups)
+            self.stop_if_asked()
+        try:
+            return self.buffer.take()
+        except StarvationError as starved:
+            self.journal.append("alarm", self.at.step, name="starvation", message=str(starved))
+            raise RunStopped(str(starved)) from starved
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, phase: str) -> list[RolloutGroup]:
+        """Sample `params.n` responses per prompt and have them judged."""
+        with self.phase(phase, len(self.buffer), self.config.batch.prompts_per_step):
+            completions = self._generate_or_restart(prompts, params)
+        with self.phase("reward"):
+            texts = [[self.text.decode(c.token_ids) for c in group] for group in completions]
+            items = [(t, p.answer) for p, group in zip(prompts, texts, strict=True) for t in group]
+            outcomes = iter(self.rewards.score(items))
+        groups = []
+        for prompt, samples, written in zip(prompts, completions, texts, strict=True):
+            rollouts = tuple(
+                Rollout(prompt.id, i, completion, next(outcomes), text)
+                for i, (completion, text) in enumerate(zip(samples, written, strict=True))
+            )
+            groups.append(judged(RolloutGroup(prompt, rollouts, serial=self.at.serial), self.config))
+            self.at.serial += 1
+        return groups
+
+    def _generate_or_restart(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """Redo a round on a restarted engine; the same seeds give the same responses."""
+        for attempt in range(self.config.rollout.restarts + 1):
+            try:
+                return self.engine.generate(prompts, params)
+            except EngineError as error:
+                if attempt == self.config.rollout.restarts:
+                    raise
+                self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
+                self.engine.restart()
+                self.sync()
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    # ---- around the step --------------------------------------------------------------------------------------------
+
+    def sync(self) -> dict[str, float]:
+        """Engine gets the weights, and proves it."""
+        with self.phase("sync"):
+            self.engine.wake()
+            return self.policy.sync(self.at.policy_version)
+
+    def validate(self) -> None:
+        """Measure the policy on the held-out prompts; the same random streams each time, so that steps compare."""
+        with self.phase("validate"):
+            groups = self.generate(self.held_out, self.validation_sampling(), "validate")
+        metrics = summarise(groups)
+        table = self.folder.validation_table(self.at.step)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        rows = table_rows(groups, self.config.validation.table_rows)
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        relative = str(table.relative_to(self.folder.root))
+        best = metrics["val/accuracy"] > self.at.best_accuracy
+        if best:
+            self.at.best_accuracy, self.at.best_step = metrics["val/accuracy"], self.at.step
+        self.journal.append("validation", self.at.step, metrics=metrics, table=relative, best=best)
+        self._validated = (self.at.step, metrics)
+
+    def checkpoint(self) -> None:
+        """Save everything a resumed run needs, and the weights as a Hugging Face folder."""
+        started = time.perf_counter()
+        at_step, metrics = getattr(self, "_validated", (-1, {}))
+
+        def fill(path: Any) -> None:
+            (path / "state").mkdir()
+            self.policy.save(path / "state")
+            self.policy.export(path / "hf")
+
+        with self.phase("checkpoint"):
+            path = checkpoints.write(
+                self.folder, self.at.step, self.state_dict(), metrics if at_step == self.at.step else {}, fill
+            )
+        checkpoints.prune(self.folder, self.config.train.keep_checkpoints, self.at.best_step)
+        self.journal.append(
+            "checkpoint",
+            self.at.step,
+            path=str(path.relative_to(self.folder.root)),
+            metrics=metrics if at_step == self.at.step else {},
+            best=self.at.best_step == self.at.step,
+            seconds=time.perf_counter() - started,
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, where there is one and the configuration allows it."""
+        path = None
+        if self.config.train.resume == "auto":
+            path = checkpoints.newest(self.folder, lambda text: log.warning("%s", text))
+        if path is not None:
+            with self.phase("loading"):
+                self.policy.load(path / "state")
+            self.load_state_dict(checkpoints.controller_state(path))
+            log.info("resumed from %s", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counters": dataclasses.asdict(self.at),
+            "loader": self.loader.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "health": self.health.state_dict(),
+            "kl": self.kl.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = Counters(**state["counters"])
+        self.loader.load_state_dict(state["loader"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.health.load_state_dict(state["health"])
+        self.kl.load_state_dict(state["kl"])
+
+    def finish_step(self, metrics: dict[str, float], seconds: float) -> None:
+        self._recent = [*self._recent[-9:], seconds]
+        left = (self.config.train.steps - self.at.step) * sum(self._recent) / len(self._recent)
+        timed = {f"time/{name}": value for name, value in self.seconds.items()} | {"time/step": seconds}
+        self.journal.append("step", self.at.step, metrics=metrics | timed, seconds_left=left)
+        for alarm in self.health.observe(self.at.step, metrics):
+            self.journal.append("alarm", self.at.step, name=alarm.name, message=alarm.message)
+
+    def training_sampling(self) -> SamplingParams:
+        rollout, batch = self.config.rollout, self.config.batch
+        return SamplingParams(
+            n=batch.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=batch.max_response_tokens,
+            stop_token_ids=self.text.stop_token_ids,
+            banned_token_ids=self.text.banned_token_ids,
+            # A prompt may come twice in one step (a new epoch); the serial number keeps its streams apart.
+            seed=self.config.seed * 1_000_003 + self.at.serial + 1,
+        )
+
+    def validation_sampling(self) -> SamplingParams:
+        validation = self.config.validation
+        return dataclasses.replace(
+            self.training_sampling(),
+            n=validation.samples,
+            temperature=validation.temperature,
+            top_p=validation.top_p,
+            top_k=validation.top_k,
+            seed=self.config.seed,
+        )
+
+    def stop_if_asked(self) -> None:
+        if self.folder.stop_request.exists():
+            raise RunStopped(f"{self.folder.stop_request.name} was found: {self.folder.stop_request.read_text().strip()}")
+
+    def _stop_on_broken_reward(self, groups: Sequence[RolloutGroup]) -> None:
+        rollouts = [r for g in groups for r in g.rollouts]
+        failed = [r for r in rollouts if r.failed]
+        if len(failed) > self.config.reward.max_failed_share * len(rollouts):
+            raise RewardError(
+                f"{len(failed)} of {len(rollouts)} checks of reward.function={self.config.reward.function} failed in one "
+                f"round (reward.max_failed_share={self.config.reward.max_failed_share}); the first: {failed[0].outcome}. "
+                f"Try it with `dapo reward test {self.config.reward.function}`"
+            )
+
+    @contextmanager
+    def phase(self, name: str, done: int = 0, total: int = 0) -> Iterator[None]:
+        """Time a phase and tell the journal that it began."""
+        self.journal.append("progress", self.at.step, phase=name, done=done, total=total)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,136 @@
+"""The training job: `python -m dapo.runtime.job RUN_FOLDER`, run by Ray Jobs on the cluster.
+
+Reads the run folder's configuration and inputs, writes its journal and checkpoints, and needs nobody else: neither the
+flow that submitted it nor a Prefect or MLflow server.
+
+Exit code: 0 finished or stopped on request, 1 failed (the journal's last event says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from dapo.config import io
+from dapo.config.run import RunConfig
+from dapo.errors import DapoError, DataError
+from dapo.observe.journal import Journal, read
+from dapo.observe.layout import RunFolder
+
+log = logging.getLogger("dapo.job")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dapo.runtime.job", description=__doc__)
+    parser.add_argument("run_folder", type=Path, help="folder with config.yaml and inputs.json, as the flow made it")
+    folder = RunFolder(parser.parse_args(argv).run_folder.resolve())
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.StreamHandler(), logging.FileHandler(folder.job_log)],
+    )
+    signal.signal(signal.SIGTERM, lambda *_: folder.stop_request.write_text("the job received SIGTERM\n"))
+    journal = Journal(folder.journal)
+    try:
+        return train(folder, io.load(folder.config), journal)
+    except DapoError as error:
+        log.error("%s", error)
+        journal.append("ended", _last_step(folder), status="failed", reason=str(error))
+        return 1
+    except Exception as error:
+        log.error("%s", traceback.format_exc())
+        reason = f"unexpected {type(error).__name__}: {error} (trace in {folder.job_log.name})"
+        journal.append("ended", _last_step(folder), status="failed", reason=reason)
+        return 1
+
+
+def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
+    """Bring up workers and rewards, load the prompts meanwhile, and hand over to the controller."""
+    inputs = json.loads(folder.inputs.read_text())
+    data, weights = Path(inputs["data"]), Path(inputs["weights"])
+    attempt = 1 + sum(event.kind == "started" for event in read(folder.journal))
+    # A stop request that ended an earlier attempt must not stop this one.
+    folder.stop_request.unlink(missing_ok=True)
+    journal.append(
+        "started",
+        _last_step(folder),
+        run_id=folder.id,
+        attempt=attempt,
+        total_steps=config.train.steps,
+        derived=config.derived(),
+    )
+    journal.append("progress", _last_step(folder), phase="loading", done=0, total=config.train.steps)
+
+    from dapo.rewards.pool import RewardPool
+    from dapo.runtime.workers import RayEngine, RayPolicy, Workers
+
+    ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
+    loading = workers.begin(weights)
+
+    from dapo.runtime.controller import Controller, Text
+
+    prompts, held_out, text = load_prompts(config, data, weights)
+    with RewardPool(
+        config.reward.function, workers=config.reward.workers, deadline_s=config.reward.deadline_s
+    ) as rewards:
+        for place in workers.get(loading, 600.0, "loading the weights"):
+            log.info("worker %s", place)
+        controller = Controller(
+            config,
+            folder,
+            journal,
+            RayPolicy(workers),
+            RayEngine(workers),
+            rewards,
+            prompts,
+            held_out,
+            Text(text.stop_token_ids, text.banned_token_ids, text.decode),
+        )
+        status = controller.run()
+    workers.close()
+    log.info("%s at step %d", status, controller.at.step)
+    return 0
+
+
+def load_prompts(config: RunConfig, data: Path, weights: Path) -> tuple[list[Any], list[Any], Any]:
+    """Training prompts, held-out prompts and the processor that measured them."""
+    from dapo.data.dataset import load_prompts as load
+    from dapo.data.processor import PromptProcessor
+
+    processor = PromptProcessor(weights)
+    settings = config.data
+
+    def split(name: str, most: int | None) -> list[Any]:
+        found = load(
+            data / f"{name}.parquet",
+            processor,
+            instruction=settings.instruction,
+            limit=settings.max_prompt_tokens,
+            too_long=settings.too_long,
+            max_prompts=most,
+        )
+        log.info("%s: %d prompts, %d dropped (longer than %d tokens)", name, len(found.prompts), len(found.dropped),
+                 settings.max_prompt_tokens)
+        if not found.prompts:
+            raise DataError(f"split {name} of {data} has no prompt of at most {settings.max_prompt_tokens} tokens")
+        return list(found.prompts)
+
+    return split("train", None), split(settings.validation_split, config.validation.max_prompts), processor
+
+
+def _last_step(folder: RunFolder) -> int:
+    return max((event.step for event in read(folder.journal)), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Ray actors: thin shells round the policy and the engine, one per device, and the two fan-out doors to them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from dapo.config.run import RunConfig
+from dapo.errors import DapoError, EngineError, EnvironmentCheckError
+from dapo.train.policy import LogProbs, UpdateResult
+from dapo.types import Completion, PackPlan, Prompt, SamplingParams, TrainBatch
+
+log = logging.getLogger(__name__)
+
+START_DEADLINE_S = 600.0
+
+
+class Worker:
+    """One rank: its shard of the policy and (colocated) its engine."""
+
+    def __init__(self, config: RunConfig, rank: int, world: int) -> None:
+        self.config, self.rank, self.world = config, rank, world
+
+    def rendezvous(self) -> str:
+        """host:port where rank 0 will listen for the process group."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def start(self, rendezvous: str, weights: str) -> dict[str, Any]:
+        """Join the process group, load the weights, start the engine."""
+        from dapo.data.processor import PromptProcessor
+        from dapo.rollout.checks import make_engine
+        from dapo.train.fsdp_policy import FsdpPolicy
+
+        host, _, port = rendezvous.rpartition(":")
+        os.environ.update(
+            MASTER_ADDR=host, MASTER_PORT=port, RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0"
+        )
+        self.processor = PromptProcessor(Path(weights))
+        self.policy = FsdpPolicy(self.config, Path(weights), self.processor, rank=self.rank, world=self.world)
+        self._make_engine = lambda: make_engine(self.config, Path(weights), self.processor, self.policy.device)
+        self.engine = self._make_engine()
+        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self.policy.device)}
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        return self.engine.generate(prompts, params)
+
+    def restart_engine(self) -> None:
+        self.engine.close()
+        self.engine = self._make_engine()
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return self.policy.old_logprobs(batch, plan)
+
+    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return self.policy.reference_logprobs(batch, plan)
+
+    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
+        return self.policy.update(batch, plan, index)
+
+    def sync(self, version: int) -> dict[str, float]:
+        from dapo.rollout.checks import compare_fingerprints
+
+        started = time.perf_counter()
+        self.engine.update_weights(self.policy.named_weights(), version)
+        seconds = time.perf_counter() - started
+        compare_fingerprints(trainer=self.policy.fingerprint(), engine=self.engine.fingerprint())
+        gigabytes = self.policy.weight_bytes / 1e9
+        return {"time/sync_copy": seconds, "engine/sync_gb_per_s": gigabytes / max(seconds, 1e-9)}
+
+    def save(self, folder: str) -> None:
+        self.policy.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        self.policy.load(Path(folder))
+
+    def export(self, folder: str) -> None:
+        self.policy.export(Path(folder))
+
+
+def start_workers(config: RunConfig, threads: int) -> list[Any]:
+    """One actor per device; says what is missing instead of waiting for it for ever."""
+    from dapo import device
+
+    world = config.model.parallel.world_size
+    kind = device.resolve(config.device)
+    have = ray.cluster_resources()
+    options: dict[str, Any] = {"num_cpus": 0}
+    if kind != "cpu":
+        name = "GPU" if kind == "cuda" else "NPU"
+        if have.get(name, 0) < world:
+            raise EnvironmentCheckError(
+                f"model.parallel.world_size={world} needs {world} {name} devices, the Ray cluster has "
+                f"{int(have.get(name, 0))}; lower it, or join nodes with `ray start` (for NPUs Ray cannot count: "
+                f"--resources='{{\"NPU\": 16}}')"
+            )
+        options = {"num_gpus": 1} if kind == "cuda" else {"resources": {"NPU": 1}}
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} if kind == "cpu" else {}
+    actor = ray.remote(Worker)
+    return [
+        actor.options(**options, name=f"worker-{rank}", runtime_env={"env_vars": env}).remote(config, rank, world)
+        for rank in range(world)
+    ]
+
+
+class Workers:
+    """Calls every worker and turns what goes wrong into one sentence."""
+
+    def __init__(self, config: RunConfig, threads: int) -> None:
+        self.actors = start_workers(config, threads)
+        self.config = config
+
+    def begin(self, weights: Path) -> list[Any]:
+        """Start loading everywhere; returns at once with what `get` waits for."""
+        rendezvous = self.get([self.actors[0].rendezvous.remote()], START_DEADLINE_S, "starting")[0]
+        return [actor.start.remote(rendezvous, str(weights)) for actor in self.actors]
+
+    def call(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """The same call on every worker (collectives inside need all of them)."""
+        return self.get([getattr(a, method).remote(*args) for a in self.actors], deadline_s, method)
+
+    def get(self, refs: list[Any], deadline_s: float | None, what: str) -> list[Any]:
+        try:
+            return list(ray.get(refs, timeout=deadline_s))
+        except GetTimeoutError:
+            raise EngineError(f"{what} did not end within {deadline_s:.0f} s on every worker: it hangs") from None
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, DapoError):
+                raise cause from error
+            raise
+        except RayActorError as error:
+            raise EnvironmentCheckError(f"a worker process died during {what}: {error}") from error
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+class RayEngine:
+    """`Engine` over all workers: each generates for its share of the prompts."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self.deadline_s = workers.config.rollout.deadline_s
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        tp = self.workers.config.rollout.tensor_parallel
+        replicas = len(self.workers.actors) // tp
+        # Ranks of one tensor-parallel group must be given the same requests.
+        refs = [a.generate.remote(prompts[i // tp :: replicas], params) for i, a in enumerate(self.workers.actors)]
+        parts = self.workers.get(refs, self.deadline_s, "generation")[::tp]
+        out: list[list[Completion]] = [[] for _ in prompts]
+        for replica, part in enumerate(parts):
+            out[replica::replicas] = part
+        return out
+
+    def restart(self) -> None:
+        self.workers.call("restart_engine", deadline_s=START_DEADLINE_S)
+
+    def sleep(self) -> None:
+        self.workers.call("sleep")
+
+    def wake(self) -> None:
+        self.workers.call("wake")
+
+
+class RayPolicy:
+    """`Policy` over all workers. A batch travels once per step, by reference."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self._sent: tuple[TrainBatch, PackPlan, Any, Any] | None = None
+
+    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return _merged(self.workers.call("old_logprobs", *self._refs(batch, plan)))
+
+    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return _merged(self.workers.call("reference_logprobs", *self._refs(batch, plan)))
+
+    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
+        result: UpdateResult = self.workers.call("update", *self._refs(batch, plan), index)[0]
+        return result
+
+    def sync(self, version: int) -> dict[str, float]:
+        metrics: dict[str, float] = self.workers.call("sync", version)[0]
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        self.workers.call("save", str(folder))
+
+    def load(self, folder: Path) -> None:
+        self.workers.call("load", str(folder))
+
+    def export(self, folder: Path) -> None:
+        self.workers.call("export", str(folder))
+
+    def _refs(self, batch: TrainBatch, plan: PackPlan) -> tuple[Any, Any]:
+        if self._sent is None or self._sent[0] is not batch or self._sent[1] is not plan:
+            self._sent = (batch, plan, ray.put(batch), ray.put(plan))
+        return self._sent[2], self._sent[3]
+
+
+def _merged(parts: list[LogProbs]) -> LogProbs:
+    """Each worker knows its own packs' sequences and leaves the others empty."""
+    groups = zip(*(p.values for p in parts), strict=True)
+    return LogProbs(tuple(tuple(next((v for v in seq if v), ()) for seq in zip(*g, strict=True)) for g in groups))
