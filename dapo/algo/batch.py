@@ -36,13 +36,11 @@ def _complete(rollout: Rollout, config: RunConfig) -> Outcome:
 
 def _reward(outcome: Outcome, config: RunConfig) -> float | None:
     """Weighted sum of the parts; None where the check failed: no verdict is not a zero."""
-    match outcome:
-        case Scored() as scored | Truncated(scored=scored):
-            weights = config.reward
-            return (
-                weights.accuracy_weight * scored.accuracy + weights.format_weight * scored.format + scored.overlong
-            )
-    return None
+    scored = outcome.scored if isinstance(outcome, Truncated) else outcome
+    if not isinstance(scored, Scored):
+        return None
+    weights = config.reward
+    return weights.accuracy_weight * scored.accuracy + weights.format_weight * scored.format + scored.overlong
 
 
 def build_train_batch(

@@ -6,11 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dapo.config.run import RunConfig
 
 # What may change between two starts of one run without making it another run.
-_NOT_IDENTITY = {
+_NOT_IDENTITY: dict[str, Any] = {
     "train": {"steps", "epochs", "test_freq", "save_freq", "keep_checkpoints", "resume"},
     "ray": True,
     "mlflow": True,
@@ -48,6 +49,16 @@ class RunFolder:
     def inputs(self) -> Path:
         """JSON: {"data": folder of prepared data, "weights": Hugging Face folder}, absolute."""
         return self.root / "inputs.json"
+
+    @property
+    def manifest(self) -> Path:
+        """JSON: commit, packages, machine, data and weights the run was made from."""
+        return self.root / "manifest.json"
+
+    @property
+    def mlflow(self) -> Path:
+        """JSON: MLflow run id and how far the journal was shipped."""
+        return self.root / "mlflow.json"
 
     @property
     def journal(self) -> Path:

@@ -54,8 +54,8 @@ def write(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint of step {step} could not be written to {final}: {error.strerror or error}. Nothing partial was "
-            f"left and older checkpoints are untouched; free space there and start the run again, it resumes"
+            f"checkpoint of step {step} could not be written to {final}: {error.strerror or error}. Nothing partial "
+            f"was left, older checkpoints are untouched; free space there and start the run again, it resumes"
         ) from error
     return final
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from dapo.algo.batch import build_train_batch, judged, subtract_kl
@@ -130,10 +131,14 @@ class Controller:
         self.seconds.clear()
         at = self.at
         groups = self.collect_groups()
-        batch = build_train_batch(groups, self.config.algorithm, self.config.batch.prompts_per_update, at.policy_version)
-        plan = plan_packs(
-            batch, ranks=self.config.data_parallel, tokens_per_pack=self.config.batch.tokens_per_pack
+        build = partial(
+            build_train_batch,
+            config=self.config.algorithm,
+            prompts_per_update=self.config.batch.prompts_per_update,
+            policy_version=at.policy_version,
         )
+        batch = build(groups)
+        plan = plan_packs(batch, ranks=self.config.data_parallel, tokens_per_pack=self.config.batch.tokens_per_pack)
         self.engine.sleep()
         with self.phase("logprobs"):
             old = self.policy.old_logprobs(batch, plan)
@@ -142,9 +147,7 @@ class Controller:
                 reference = self.policy.reference_logprobs(batch, plan)
                 if self.config.algorithm.kl.reward_coef:
                     groups, kl = subtract_kl(groups, old, reference, self.kl.coef, self.config.algorithm.kl.kind)
-                    batch = build_train_batch(
-                        groups, self.config.algorithm, self.config.batch.prompts_per_update, at.policy_version
-                    )
+                    batch = build(groups)
         updates: list[UpdateResult] = []
         for index in range(len(batch.updates)):
             with self.phase("update", index, len(batch.updates)):
@@ -315,16 +318,18 @@ class Controller:
 
     def stop_if_asked(self) -> None:
         if self.folder.stop_request.exists():
-            raise RunStopped(f"{self.folder.stop_request.name} was found: {self.folder.stop_request.read_text().strip()}")
+            raise RunStopped(
+                f"{self.folder.stop_request.name} was found: {self.folder.stop_request.read_text().strip()}"
+            )
 
     def _stop_on_broken_reward(self, groups: Sequence[RolloutGroup]) -> None:
         rollouts = [r for g in groups for r in g.rollouts]
         failed = [r for r in rollouts if r.failed]
         if len(failed) > self.config.reward.max_failed_share * len(rollouts):
             raise RewardError(
-                f"{len(failed)} of {len(rollouts)} checks of reward.function={self.config.reward.function} failed in one "
-                f"round (reward.max_failed_share={self.config.reward.max_failed_share}); the first: {failed[0].outcome}. "
-                f"Try it with `dapo reward test {self.config.reward.function}`"
+                f"{len(failed)} of {len(rollouts)} checks of reward.function={self.config.reward.function} failed in "
+                f"one round (reward.max_failed_share={self.config.reward.max_failed_share}); the first: "
+                f"{failed[0].outcome}. Try it with `dapo reward test {self.config.reward.function}`"
             )
 
     @contextmanager

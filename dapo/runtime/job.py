@@ -119,8 +119,13 @@ def load_prompts(config: RunConfig, data: Path, weights: Path) -> tuple[list[Any
             too_long=settings.too_long,
             max_prompts=most,
         )
-        log.info("%s: %d prompts, %d dropped (longer than %d tokens)", name, len(found.prompts), len(found.dropped),
-                 settings.max_prompt_tokens)
+        log.info(
+            "%s: %d prompts, %d dropped (longer than %d tokens)",
+            name,
+            len(found.prompts),
+            len(found.dropped),
+            settings.max_prompt_tokens,
+        )
         if not found.prompts:
             raise DataError(f"split {name} of {data} has no prompt of at most {settings.max_prompt_tokens} tokens")
         return list(found.prompts)
