@@ -135,7 +135,10 @@ def _band(axes: Any, chart: Chart, events: Sequence[Event]) -> None:
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text: smaller, and it can be searched
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

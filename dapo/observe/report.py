@@ -1,4 +1,4 @@
-"""One self-contained HTML page per run: what was learned, how healthy it was, where the time went, answers with images."""
+"""One self-contained HTML page per run: what was learned, how healthy, where the time went, answers with images."""
 
 from __future__ import annotations
 
