@@ -76,7 +76,7 @@ LossConfig = Annotated[
 AggregationName = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
 ]
-KlKind = Literal["k1", "k2", "k3", "abs"]
+KlKind = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
 
 
 class KlConfig(Frozen):
@@ -87,7 +87,8 @@ class KlConfig(Frozen):
     reward_coef: NonNegative = 0.0
     """Weight of the per-token KL subtracted from the reward (start value when adaptive)."""
     kind: KlKind = "k3"
-    """Estimator: k1 = log ratio, k2 = half its square, k3 = low variance, abs = |log ratio|."""
+    """Estimator: k1 = log ratio, k2 = half its square, k3 = low variance, abs = |log ratio|; a trailing + takes the
+    gradient of k2, the unbiased one (it matters in the loss only)."""
     target: Positive | None = None
     """With a target the reward coefficient adapts to it (Ziegler et al. 2019); null: fixed."""
     horizon: Positive = 10_000
@@ -115,18 +116,24 @@ class SamplingFilterConfig(Frozen):
     """Dynamic Sampling (DAPO section 3.2): only groups with 0 < #correct < G are trained on."""
 
     enabled: bool = True
+    metric: Literal["accuracy", "reward"] = "accuracy"
+    """What a group is judged by: the boolean accuracy of its answers (the paper's), or, for graders without a boolean,
+    whether its rewards differ at all."""
     compat: Literal["none", "verl"] = "none"
     """`verl` reproduces the rival exactly: fixed rounds, surplus dropped, an error after `max_rounds`."""
     max_rounds: Annotated[int, Field(ge=1)] = 4
     """Generation rounds a step may use before starvation handling begins."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """Surplus kept groups are carried over while at most this many policy versions old (a step is one version)."""
-    safety: Annotated[float, Field(ge=1)] = 1.1
-    """A round is sized missing / keep_rate * safety prompts."""
+    safety: NonNegative = 1.0
+    """A round is sized to fill the step at the measured keep rate with so many standard deviations to spare
+    (1.0: five rounds in six). What is too much waits for the next step."""
+    largest_round: Annotated[float, Field(ge=1)] = 8.0
+    """No round has more than this many times `prompts_per_step` prompts."""
     min_prompts_share: Fraction = 0.25
     """Starvation: a step of at least this share of `prompts_per_step` is trained with exact denominators."""
-    max_starved_steps: Annotated[int, Field(ge=1)] = 3
-    """Consecutive steps below that share before the run stops with a checkpoint."""
+    patience_rounds: Annotated[int, Field(ge=0)] = 8
+    """Further rounds after `max_rounds` to reach that share, before the run stops with a checkpoint."""
 
 
 class CorrectionConfig(Frozen):

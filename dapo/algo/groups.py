@@ -1,0 +1,252 @@
+"""Dynamic sampling (DAPO section 3.2) as a state machine: which groups to train on, how many prompts to ask next.
+
+    buffer.begin_step(policy_version)
+    while (size := buffer.next_round_size()) > 0:
+        buffer.add(score(generate(loader.take(size))))
+    groups = buffer.take()
+
+A group is kept iff 0 < #correct < G. Kept groups leave in the order in which they came; what a step does not need waits
+for the next one while it is fresh. A step that does not fill goes through the stages of `Stage`, each with its reasons.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dapo.algo.records import group_from_plain, group_to_plain
+from dapo.config.algorithm import SamplingFilterConfig
+from dapo.errors import StarvationError
+from dapo.types import RolloutGroup
+
+# The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.
+HALF_LIFE = 6.0
+
+
+class Verdict(enum.StrEnum):
+    """What becomes of a group, and why."""
+
+    KEPT = "kept"
+    ALL_RIGHT = "all_right"
+    ALL_WRONG = "all_wrong"
+    TRUNCATED = "truncated"
+    """No answer is right and at least half of the responses hit the token limit: the limit is the likelier reason."""
+    FAILED = "failed"
+    """Fewer than two checks came to a verdict."""
+
+
+class Stage(enum.StrEnum):
+    """How hard a step is to fill; the later, the worse."""
+
+    CARRY_OVER = "carry_over"
+    """The usual: groups left from earlier steps, then one round for what is missing."""
+    LARGER_ROUND = "larger_round"
+    """One round was not enough; the next ones are sized by the keep rate that it showed."""
+    SMALLER_STEP = "smaller_step"
+    """`max_rounds` were not enough: the step trains on what there is, with exact denominators."""
+    STOP = "stop"
+    """Not even `min_prompts_share` of a step was found within `patience_rounds` more."""
+
+
+def judge(group: RolloutGroup, metric: str = "accuracy") -> Verdict:
+    """Decide on a group by its verdicts on accuracy (booleans, so that no rounding can make a difference).
+
+    A failed check is no verdict: it is neither right nor wrong, and the group is judged by its other responses. Right
+    and wrong among them: kept (the failed ones are masked out of the loss). With fewer than two verdicts: `FAILED`.
+
+    Args:
+        metric: `reward` keeps a group iff its judged responses differ in reward, whatever their accuracy.
+    """
+    judged = [i for i, r in enumerate(group.rollouts) if not r.failed]
+    if len(judged) < min(2, len(group.rollouts)):
+        return Verdict.FAILED
+    right = sum(group.rollouts[i].correct for i in judged)
+    differs = 0 < right < len(judged)
+    if metric == "reward":
+        differs = len({group.rewards[i] for i in judged}) > 1
+    if differs:
+        return Verdict.KEPT
+    if right:
+        return Verdict.ALL_RIGHT
+    cut = sum(group.rollouts[i].truncated for i in judged)
+    return Verdict.TRUNCATED if 2 * cut >= len(judged) else Verdict.ALL_WRONG
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingReport:
+    """What one step's sampling did, counted in groups."""
+
+    stage: Stage
+    rounds: int
+    generated: int
+    verdicts: dict[Verdict, int]
+    """Of the groups generated in this step; every verdict has its entry."""
+    carried_in: int
+    """Kept groups of earlier steps that were still fresh."""
+    expired: int
+    """Kept groups of earlier steps that had become too old."""
+    taken: int
+    """Groups the step trains on."""
+    dropped: int
+    """Kept groups thrown away because the step was full (`compat: verl` only)."""
+    waiting: int
+    """Kept groups in the buffer now."""
+    keep_rate: float
+    """Measured, recent steps weigh most."""
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {verdict.value.replace('_', ' ')}" for verdict, count in self.verdicts.items())
+        return f"{self.rounds} rounds, {self.generated} groups generated: {reasons}; {self.waiting} waiting"
+
+
+class GroupBuffer:
+    """Kept groups in order of generation. Never loses, repeats or reorders one without counting it."""
+
+    def __init__(
+        self, config: SamplingFilterConfig, prompts_per_step: int, prompts_per_round: int | None = None
+    ) -> None:
+        """
+        Args:
+            prompts_per_round: size of the first round of a run (of every round with `compat: verl`); None: derived
+                from the keep rate (with `compat: verl`: prompts_per_step).
+        """
+        self.config = config
+        self.prompts_per_step = prompts_per_step
+        self.prompts_per_round = prompts_per_round
+        self._waiting: deque[RolloutGroup] = deque()
+        self._kept_weight = self._seen_weight = 0.0
+        self._verdicts: Counter[Verdict] = Counter()
+        self._rounds = self._generated = self._carried_in = self._expired = self._taken = self._dropped = 0
+
+    def __len__(self) -> int:
+        """Kept groups waiting to be trained on."""
+        return len(self._waiting)
+
+    @property
+    def _verl(self) -> bool:
+        return self.config.compat == "verl"
+
+    @property
+    def keep_rate(self) -> float:
+        """Kept groups per generated one, recent ones weigh most; 1/2 before anything was measured, never 0 or 1."""
+        return (self._kept_weight + 1) / (self._seen_weight + 2)
+
+    @property
+    def stage(self) -> Stage:
+        """Where this step stands on the ladder."""
+        config = self.config
+        found = len(self) + self._taken
+        if found >= self.prompts_per_step or self._rounds < config.max_rounds:
+            return Stage.CARRY_OVER if self._rounds < 2 else Stage.LARGER_ROUND
+        if self._verl:
+            return Stage.STOP
+        if found >= math.ceil(config.min_prompts_share * self.prompts_per_step):
+            return Stage.SMALLER_STEP
+        return Stage.LARGER_ROUND if self._rounds < config.max_rounds + config.patience_rounds else Stage.STOP
+
+    def begin_step(self, policy_version: int) -> None:
+        """Forget the last step's counts and the groups that are more than `max_staleness` versions old."""
+        oldest = policy_version - self.config.max_staleness
+        fresh = [] if self._verl else [g for g in self._waiting if g.policy_version >= oldest]
+        self._expired = len(self._waiting) - len(fresh)
+        self._waiting = deque(fresh)
+        self._carried_in = len(fresh)
+        self._verdicts.clear()
+        self._rounds = self._generated = self._taken = self._dropped = 0
+
+    def next_round_size(self) -> int:
+        """Prompts to ask in the next round; 0: ask no more, `take` what there is."""
+        missing = self.prompts_per_step - len(self) - self._taken
+        if not self.config.enabled:
+            return max(missing, 0) if not (self._verl and self._rounds) else 0
+        if missing <= 0 or self.stage in (Stage.SMALLER_STEP, Stage.STOP):
+            return 0
+        if self._verl:
+            return self.prompts_per_round or self.prompts_per_step
+        if self.prompts_per_round and not self._seen_weight:
+            return self.prompts_per_round
+        # Smallest n with n r - safety sqrt(n r (1 - r)) >= missing: a quadratic in sqrt(n r).
+        rate = self.keep_rate
+        spread = self.config.safety * math.sqrt(1 - rate)
+        root = (spread + math.sqrt(spread**2 + 4 * missing)) / 2
+        return min(math.ceil(root**2 / rate), int(self.config.largest_round * self.prompts_per_step))
+
+    def add(self, groups: Iterable[RolloutGroup]) -> list[Verdict]:
+        """One round's judged groups in order of generation; keeps those with a signal and returns all verdicts."""
+        groups = list(groups)
+        verdicts = [self._verdict(group) for group in groups]
+        kept = [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT]
+        self._waiting.extend(kept)
+        self._verdicts.update(verdicts)
+        self._rounds += 1
+        self._generated += len(groups)
+        decay = 0.5 ** (len(groups) / (HALF_LIFE * self.prompts_per_step))
+        self._kept_weight = self._kept_weight * decay + len(kept)
+        self._seen_weight = self._seen_weight * decay + len(groups)
+        return verdicts
+
+    def _verdict(self, group: RolloutGroup) -> Verdict:
+        # The rival keeps a group of one, whose advantage is its reward.
+        if not self.config.enabled or (self._verl and len(group.rollouts) == 1):
+            return Verdict.KEPT
+        return judge(group, self.config.metric)
+
+    def take(self) -> list[RolloutGroup]:
+        """The step's groups, oldest first: `prompts_per_step`, or fewer in stage `SMALLER_STEP` or at the end of data.
+
+        Raises:
+            StarvationError: there is nothing to train on, or less than the configuration accepts; the groups that are
+                there stay in the buffer.
+        """
+        if self.stage is Stage.STOP or not self._waiting:
+            least = 1.0 if self._verl else self.config.min_prompts_share
+            raise StarvationError(
+                f"dynamic sampling found {len(self)} of {self.prompts_per_step} groups with a signal: {self.report()}. "
+                f"At least {math.ceil(least * self.prompts_per_step)} are needed. "
+                "Many all right: the data is too easy; all wrong: too hard, or the grader cannot read the answers; "
+                "truncated: raise batch.max_response_tokens; failed: try `dapo reward test`. More rounds: "
+                f"algorithm.sampling.{'max_rounds' if self._verl else 'patience_rounds'}"
+            )
+        whole_round = self._verl and not self.config.enabled
+        count = len(self) if whole_round else min(self.prompts_per_step, len(self))
+        taken = [self._waiting.popleft() for _ in range(count)]
+        self._taken += count
+        if self._verl:
+            self._dropped = len(self._waiting)
+            self._waiting.clear()
+        return taken
+
+    def report(self) -> SamplingReport:
+        """This step so far."""
+        return SamplingReport(
+            stage=self.stage,
+            rounds=self._rounds,
+            generated=self._generated,
+            verdicts={verdict: self._verdicts[verdict] for verdict in Verdict},
+            carried_in=self._carried_in,
+            expired=self._expired,
+            taken=self._taken,
+            dropped=self._dropped,
+            waiting=len(self),
+            keep_rate=self.keep_rate,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "waiting": [group_to_plain(group) for group in self._waiting],
+            "keep_rate": [self._kept_weight, self._seen_weight],
+            "verdicts": {verdict.value: count for verdict, count in self._verdicts.items()},
+            "counts": [self._rounds, self._generated, self._carried_in, self._expired, self._taken, self._dropped],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._waiting = deque(group_from_plain(plain) for plain in state["waiting"])
+        self._kept_weight, self._seen_weight = state["keep_rate"]
+        self._verdicts = Counter({Verdict(name): count for name, count in state["verdicts"].items()})
+        counts = state["counts"]
+        self._rounds, self._generated, self._carried_in, self._expired, self._taken, self._dropped = counts
