@@ -1,0 +1,159 @@
+"""The objective of one update: the one function that the training engine calls, once per pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dapo.algo.aggregate import Totals, token_weights
+from dapo.algo.correction import effective_sample_share, importance_weights
+from dapo.algo.kl import kl_estimate
+from dapo.algo.loss import MAX_LOG_RATIO, log_ratio, policy_loss
+from dapo.config.algorithm import AlgorithmConfig
+
+__all__ = ["ObjectiveResult", "TokenBatch", "Totals", "merge_sums", "policy_objective", "reduce_metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The response tokens of one pack: N tokens of S whole sequences, flat, one float type, one device.
+
+    What stands at tokens of untrained sequences never matters, NaN included. A sequence is never split over two
+    batches: under sequence parallelism gather the log-probabilities (N floats) first.
+    """
+
+    logprobs: Tensor
+    """[N] float32, nats, of the current policy, with gradient."""
+    old_logprobs: Tensor
+    """[N] of the trainer before the first update of the step. For the first update pass ``logprobs.detach()``."""
+    rollout_logprobs: Tensor
+    """[N] of the engine while sampling."""
+    advantages: Tensor
+    """[N]; a sequence's advantage at each of its tokens: ``advantage_S[sequence_ids]``."""
+    sequence_ids: Tensor
+    """[N] int64, 0 .. S - 1; sequences without tokens are allowed."""
+    trained: Tensor
+    """[S] bool; False: outside of the loss and of its denominators. All False: a filler pack."""
+    ref_logprobs: Tensor | None = None
+    """[N] of the reference policy; needed where ``algorithm.kl.loss_coef > 0``."""
+    entropy: Tensor | None = None
+    """[N] nats, with gradient where ``algorithm.entropy_coef > 0``; needed there, else only reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveResult:
+    """What one pack adds to its update."""
+
+    loss: Tensor
+    """Scalar with gradient. The update's loss is the plain sum of these over all packs of all ranks: call backward on
+    each and add gradients up (no division by ranks or packs; where FSDP averages over d ranks, multiply by d)."""
+    sums: dict[str, Tensor]
+    """0-d tensors without gradient, the same keys in the same order for every pack: for `merge_sums`."""
+
+
+def policy_objective(tokens: TokenBatch, config: AlgorithmConfig, totals: Totals) -> ObjectiveResult:
+    """Policy loss - entropy_coef * entropy + kl.loss_coef * KL, aggregated with the denominators of the whole update.
+
+    Per token: `policy_loss` times `importance_weights`, plus the entropy and KL terms, times `token_weights`.
+    The gradient is the same for every split of the update's sequences over packs and ranks, but for ``clip_cov`` and
+    ``kl_cov``: these rank tokens by their covariance within the pack, because the means over the update are not known
+    before all of its forward passes are done and a second pass would cost as much as the first.
+
+    Returns:
+        With no trained token: loss 0 with gradient 0, never NaN (see ``empty_update`` of `reduce_metrics`).
+
+    Source: DAPO, arXiv 2503.14476, equation 8; docs/algorithm.md.
+    """
+    t = tokens
+    valid = t.trained[t.sequence_ids]
+    count = valid.numel()
+    assert t.logprobs.shape == t.old_logprobs.shape == t.rollout_logprobs.shape == t.advantages.shape == (count,), (
+        f"logprobs {tuple(t.logprobs.shape)}, old {tuple(t.old_logprobs.shape)}, rollout "
+        f"{tuple(t.rollout_logprobs.shape)} and advantages {tuple(t.advantages.shape)} must all be [{count}]"
+    )
+    logprobs, old, rollout, advantages = (
+        torch.where(valid, x, 0.0) for x in (t.logprobs, t.old_logprobs, t.rollout_logprobs, t.advantages)
+    )
+    log_ratios = log_ratio(logprobs, old)
+    per_token = policy_loss(logprobs, log_ratios, advantages, t.sequence_ids, t.trained, config.loss)
+    corrections = importance_weights(old, rollout, t.sequence_ids, t.trained.numel(), config.correction)
+    weights = token_weights(config.aggregation, t.sequence_ids, t.trained, totals, logprobs.dtype)
+
+    policy = (per_token.loss * corrections * weights).sum()
+    loss = policy
+    entropy = torch.zeros_like(logprobs)
+    if t.entropy is not None:
+        entropy = torch.where(valid, t.entropy, 0.0)
+    if config.entropy_coef:
+        assert t.entropy is not None, "algorithm.entropy_coef > 0 needs the entropy of every token"
+        loss = loss - config.entropy_coef * (entropy * weights).sum()
+    kl = policy.new_zeros(())
+    if config.kl.loss_coef:
+        assert t.ref_logprobs is not None, "algorithm.kl.loss_coef > 0 needs the reference's log-probabilities"
+        kl_tokens = kl_estimate(logprobs, torch.where(valid, t.ref_logprobs, 0.0), config.kl.kind)
+        kl = (kl_tokens * weights).sum()
+        loss = loss + config.kl.loss_coef * kl
+
+    with torch.no_grad():
+        ratio = log_ratios.exp()
+        gap = old - rollout
+        gap_weights = torch.where(valid, gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
+        high = per_token.clipped_high & valid
+        terms = {
+            "loss": loss,
+            "policy_loss": policy,
+            "kl_loss": kl,
+            "tokens": valid,
+            "packs_without_tokens": ~valid.any(),
+            "entropy": entropy,
+            "approx_kl": -log_ratios,
+            "clip_high": high,
+            "clip_low": per_token.clipped_low & valid,
+            "clip_dual": per_token.clipped_dual & valid,
+            "clipped_probability": torch.where(high, logprobs.exp(), 0.0),
+            "gap_mean": gap.abs(),
+            "gap_weight": gap_weights,
+            "gap_weight_square": gap_weights.square(),
+            "correction": torch.where(valid, corrections, 0.0),
+        }
+        sums = {name: value.to(logprobs.dtype).sum() for name, value in terms.items()}
+        sums["max_ratio_error"] = torch.cat([(ratio - 1).abs(), ratio.new_zeros(1)]).max()
+    return ObjectiveResult(loss, sums)
+
+
+def merge_sums(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`ObjectiveResult.sums` of several packs or ranks as one: added, but the maximum of what begins with ``max_``."""
+    merged: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in merged:
+                merged[name] = value
+            else:
+                merged[name] = torch.maximum(merged[name], value) if name.startswith("max_") else merged[name] + value
+    return merged
+
+
+def reduce_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The merged sums of one update (all packs, all ranks) as numbers to log.
+
+    Returns:
+        ``loss``, ``policy_loss``, ``kl_loss`` as they are. Per trained token: ``entropy`` (nats), ``approx_kl`` (mean
+        of log pi_old - log pi, nats), shares ``clip_high``, ``clip_low``, ``clip_dual``, ``gap_mean`` (engine against
+        trainer, |nats|), ``correction`` (mean importance weight). ``clipped_probability``: mean current probability of
+        the tokens clipped from above, 0 if there are none. ``gap_ess``: effective sample share. ``max_ratio_error``:
+        largest |ratio - 1|, exactly 0 in the first update. ``tokens``; ``empty_update``: 1 where nothing was trained.
+    """
+    s = {name: float(value) for name, value in sums.items()}
+    tokens = max(s["tokens"], 1.0)
+    per_token = ("entropy", "approx_kl", "clip_high", "clip_low", "clip_dual", "gap_mean", "correction")
+    return {
+        **{name: s[name] for name in ("loss", "policy_loss", "kl_loss", "tokens", "max_ratio_error")},
+        **{name: s[name] / tokens for name in per_token},
+        "clipped_probability": s["clipped_probability"] / max(s["clip_high"], 1.0),
+        "gap_ess": effective_sample_share(s["gap_weight"], s["gap_weight_square"], s["tokens"]),
+        "packs_without_tokens": s["packs_without_tokens"],
+        "empty_update": float(s["tokens"] == 0),
+    }
