@@ -46,7 +46,7 @@ class PeakMemory(threading.Thread):
             process = psutil.Process(pid)
             if pid not in self._ours:
                 if process.environ().get(MARK) != self.mark:
-                    # A child has its parent's environment until it executes its own program: young ones are asked again.
+                    # A child has its parent's environment until it runs its own program: the young are asked again.
                     if time.time() - process.create_time() > 5:
                         self._strange.add(pid)
                     return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dapo.algo.advantage import group_advantages
-from dapo.algo.kl import kl_estimate
+from dapo.algo.kl import kl_per_token
 from dapo.algo.overlong import soft_overlong_penalty
 from dapo.config.algorithm import AlgorithmConfig, KlKind
 from dapo.config.run import RunConfig
@@ -92,7 +92,7 @@ def subtract_kl(
     for group, old_group, reference_group in zip(groups, old, reference, strict=True):
         rewards: list[float | None] = []
         for reward, a, b in zip(group.rewards, old_group, reference_group, strict=True):
-            tokens = kl_estimate(a, b, kind=kind)
+            tokens = kl_per_token(a, b, kind)
             means.append(sum(tokens) / max(len(tokens), 1))
             rewards.append(None if reward is None else reward - coef * sum(tokens))
         penalised.append(replace(group, rewards=tuple(rewards)))

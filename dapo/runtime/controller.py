@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +54,7 @@ class Text:
 
     stop_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
-    decode: Any
-    """(ids) -> str"""
+    decode_many: Callable[[Sequence[Sequence[int]]], list[str]]
 
 
 @dataclass
@@ -92,7 +91,9 @@ class Controller:
         self.policy, self.engine, self.rewards = policy, engine, rewards
         self.prompts, self.held_out, self.text = prompts, held_out, text
         self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
-        self.buffer = GroupBuffer(config.algorithm.sampling, config.batch.prompts_per_step)
+        self.buffer = GroupBuffer(
+            config.algorithm.sampling, config.batch.prompts_per_step, config.batch.prompts_per_round
+        )
         self.health = Health(config.algorithm.alarms)
         self.kl = KlController(config.algorithm.kl)
         self.at = Counters()
@@ -182,14 +183,14 @@ class Controller:
         with self.phase(phase, len(self.buffer), self.config.batch.prompts_per_step):
             completions = self._generate_or_restart(prompts, params)
         with self.phase("reward"):
-            texts = [[self.text.decode(c.token_ids) for c in group] for group in completions]
-            items = [(t, p.answer) for p, group in zip(prompts, texts, strict=True) for t in group]
-            outcomes = iter(self.rewards.score(items))
+            texts = self.text.decode_many([c.token_ids for group in completions for c in group])
+            answers = [p.answer for p, group in zip(prompts, completions, strict=True) for _ in group]
+            outcomes = self.rewards.score(list(zip(texts, answers, strict=True)))
+            judgements = zip(outcomes, texts, strict=True)
         groups = []
-        for prompt, samples, written in zip(prompts, completions, texts, strict=True):
+        for prompt, samples in zip(prompts, completions, strict=True):
             rollouts = tuple(
-                Rollout(prompt.id, i, completion, next(outcomes), text)
-                for i, (completion, text) in enumerate(zip(samples, written, strict=True))
+                Rollout(prompt.id, i, completion, *next(judgements)) for i, completion in enumerate(samples)
             )
             groups.append(judged(RolloutGroup(prompt, rollouts, serial=self.at.serial), self.config))
             self.at.serial += 1

@@ -94,7 +94,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             rewards,
             prompts,
             held_out,
-            Text(text.stop_token_ids, text.banned_token_ids, text.decode),
+            Text(text.stop_token_ids, text.banned_token_ids, text.decode_many),
         )
         status = controller.run()
     workers.close()
