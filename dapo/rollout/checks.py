@@ -1,0 +1,170 @@
+"""What no engine may do, and the proof that it holds the trainer's weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapo.config.run import RunConfig
+from dapo.errors import ConfigError, EngineError
+from dapo.types import Completion
+
+if TYPE_CHECKING:
+    from dapo.data.processor import PromptProcessor
+    from dapo.rollout.engine import Engine
+
+
+def check_completion(completion: Completion, vocab_size: int, banned: Collection[int] = ()) -> None:
+    """Refuse a response that no engine in order can have sampled.
+
+    Raises:
+        EngineError: it is empty, holds an id outside the vocabulary or a banned one, or a log-probability is not
+            finite or above zero.
+    """
+    if not completion.token_ids or len(completion.token_ids) != len(completion.logprobs):
+        raise EngineError(
+            f"the engine returned {len(completion.token_ids)} tokens with {len(completion.logprobs)} log-probabilities "
+            "for one request; a response has at least one token and as many log-probabilities"
+        )
+    low, high = min(completion.token_ids), max(completion.token_ids)
+    if low < 0 or high >= vocab_size:
+        raise EngineError(f"the engine returned token {low if low < 0 else high}; the vocabulary has {vocab_size} ids")
+    if banned and not set(banned).isdisjoint(completion.token_ids):
+        raise EngineError(f"the engine sampled {set(banned).intersection(completion.token_ids)}, which is banned")
+    # NaN fails both comparisons. An engine may round a certain token's log-probability to just above zero.
+    if not all(-math.inf < value <= 1e-3 for value in completion.logprobs):
+        wrong = next(v for v in completion.logprobs if not -math.inf < v <= 1e-3)
+        raise EngineError(
+            f"the engine returned log-probability {wrong} for a token it sampled: its weights or its cache are damaged "
+            "(NaN), or its sampler is broken"
+        )
+
+
+def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, float], *, tolerance: float = 1e-6) -> None:
+    """Every tensor of the trainer must have arrived: sums of absolute values agree.
+
+    Args:
+        trainer: per tensor, in the trainer's order; the first wrong one is named.
+        tolerance: relative. Sums are float64 over equal values, so only their order of addition differs; use about
+            4e-3 where the engine rounds to bfloat16.
+
+    Raises:
+        EngineError: names the first tensor that is missing or differs.
+    """
+    if not trainer or not engine:
+        raise EngineError("weight sync: a fingerprint is empty, so nothing can be compared")
+    for name, want in trainer.items():
+        have = engine.get(name)
+        if have is None:
+            raise EngineError(f"weight sync: the engine has no tensor {name}")
+        if not abs(have - want) <= tolerance * max(abs(want), 1e-12):
+            raise EngineError(
+                f"weight sync: {name} did not arrive: sum of |values| is {have!r} in the engine and {want!r} in the "
+                "trainer; it is the first wrong tensor"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeGap:
+    """Engine against trainer log-probabilities of the same sampled tokens, nats."""
+
+    mean: float
+    largest: float
+    tokens: int
+
+
+def probe_gap(engine: Sequence[Sequence[float]], trainer: Sequence[Sequence[float]]) -> ProbeGap:
+    """Absolute differences over all tokens of all probe responses; NaN counts as infinite."""
+    gaps = [
+        math.inf if math.isnan(a) or math.isnan(b) else abs(a - b)
+        for ours, theirs in zip(engine, trainer, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    if not gaps:
+        raise EngineError("the log-prob probe has no tokens: give it prompts and at least one sample")
+    return ProbeGap(sum(gaps) / len(gaps), max(gaps), len(gaps))
+
+
+def check_probe(gap: ProbeGap, tolerance: float, *, after: str) -> None:
+    """Stop where the engine computes something else than the trainer.
+
+    Args:
+        tolerance: largest mean difference, nats.
+        after: what happened last, for the message ("weight sync to version 3", "wake-up").
+
+    Raises:
+        EngineError: says which causes the size of the gap points at.
+    """
+    if gap.mean <= tolerance:
+        return
+    if math.isinf(gap.mean):
+        cause = "NaN: damaged weights, or an attention cache that kept NaN of earlier weights"
+    elif gap.mean > 0.5:
+        cause = "that large a gap is other weights: stale or transposed tensors, skipped repacking, a partial sync"
+    else:
+        cause = "a small gap is another distribution: stale image features, temperature, banned ids, or precision"
+    raise EngineError(
+        f"log-prob probe after {after}: engine and trainer differ by {gap.mean:.3g} nats on average over {gap.tokens} "
+        f"tokens (largest {gap.largest:.3g}, allowed {tolerance:.3g}); {cause}"
+    )
+
+
+def default_tolerance(dtype: str) -> float:
+    """Mean |difference| in nats that stops a run: bfloat16 carries 8 bits (measured 0.013 to 0.02), float32 24."""
+    return 1e-3 if dtype == "float32" else 0.05
+
+
+def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, device: Any) -> Engine:
+    """The engine that `rollout.engine` asks for, holding the folder's weights as version 0.
+
+    Args:
+        weights: a Hugging Face folder.
+        device: torch device of this worker, or its name.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+    """
+    import torch
+
+    where = torch.device(device)
+    rollout = config.rollout
+    kind = choose_engine(rollout.engine, where.type)
+    name = config.model.compute_dtype if rollout.dtype == "auto" else rollout.dtype
+    if kind == "vllm":
+        from dapo.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine.from_config(config, weights, processor, where)
+    from dapo.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        weights,
+        processor,
+        dtype=getattr(torch, name),
+        device=where,
+        max_num_seqs=rollout.max_num_seqs,
+        kv_cache_mib=rollout.kv_cache_mib,
+    )
+
+
+def choose_engine(asked: str, device_type: str) -> str:
+    """`transformers` or `vllm`; `auto` takes vLLM where it is installed and an accelerator is present.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if asked == "auto":
+        return "vllm" if installed and device_type != "cpu" else "transformers"
+    if asked == "vllm" and not installed:
+        extra = {"cpu": "`make install-vllm`", "npu": "vllm-ascend as docs/ascend.md says"}.get(
+            device_type, "`pip install dapo[gpu]`"
+        )
+        raise ConfigError(
+            f"rollout.engine=vllm, but vLLM is not installed here; install it with {extra}, or use "
+            "rollout.engine=transformers"
+        )
+    return asked
