@@ -40,5 +40,9 @@ class StarvationError(DapoError):
     """Dynamic sampling cannot fill a step; the message counts the reasons (all right, all wrong, failed, truncated)."""
 
 
+class TrainingError(DapoError):
+    """The training job failed, or crashed more often than `ray.restarts` allows; the message names its log."""
+
+
 class RunStopped(DapoError):
     """The run was asked to stop (request file, signal); not a failure."""

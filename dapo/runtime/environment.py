@@ -1,0 +1,13 @@
+"""Environment variables of the processes we start."""
+
+from __future__ import annotations
+
+# Each of these programs tells its maker about its use unless told not to. MLflow wants exactly `true`.
+NO_PHONE_HOME = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}

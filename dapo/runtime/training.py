@@ -1,0 +1,228 @@
+"""The training job of a run: submit it or find it running, follow its journal, start it again when it crashed, stop it.
+
+The journal in the run folder is the only thing read from the job; Ray is asked only whether the job is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dapo.config.run import RunConfig
+from dapo.errors import TrainingError
+from dapo.observe.journal import Event, follow, read
+from dapo.observe.layout import RunFolder
+from dapo.runtime.cluster import connect
+from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
+from dapo.runtime.environment import NO_PHONE_HOME
+
+log = logging.getLogger(__name__)
+
+ENTRYPOINT = ("-m", "dapo.runtime.job")
+POLL_S = 0.5
+STATUS_EVERY_S = 3.0
+SILENCE_S = 600.0
+BACK_OFF_S = (5.0, 30.0, 120.0)
+# What is written into the code or the configuration is there again after a restart.
+_LASTING = {"ConfigError", "DataError", "WeightsError", "EnvironmentCheckError", "RewardError", "StarvationError"}
+_NOT_UPLOADED = [".git", ".venv*", "runs", "cache", "**/__pycache__", "*.egg-info", "mlruns", "mlartifacts", "*.db"]
+
+
+class TrainingJob:
+    """One run's job on one cluster.
+
+    Args:
+        cluster: where it runs.
+        run: the run's folder; the cluster's nodes see it under the same path.
+        config: `ray.env`, `ray.restarts`.
+        entrypoint: arguments of the Python that is started with the run folder behind them.
+        back_off_s: pauses before the first, second, ... restart; the last one repeats.
+    """
+
+    def __init__(
+        self,
+        cluster: Dashboard,
+        run: RunFolder,
+        config: RunConfig,
+        *,
+        entrypoint: Sequence[str] = ENTRYPOINT,
+        back_off_s: Sequence[float] = BACK_OFF_S,
+    ) -> None:
+        self.cluster, self.run, self.config = cluster, run, config
+        self.entrypoint, self.back_off_s = tuple(entrypoint), tuple(back_off_s)
+        self.id = ""
+        self._fence = 0  # an `ended` event before this place in the journal is an earlier attempt's
+
+    def running(self) -> str | None:
+        """Submission id of this run's job where one is pending or running."""
+        live = [job["submission_id"] for job in self._jobs() if job["status"] not in TERMINAL]
+        return live[0] if live else None
+
+    def start(self) -> bool:
+        """Submit the next attempt, or take over the one that runs; True where it was submitted."""
+        found = self.running()
+        if found:
+            self.id, self._fence = found, _last_start(self.run.journal)
+            return False
+        known = [int(job["submission_id"].rpartition("-")[2]) for job in self._jobs()]
+        started = sum(event.kind == "started" for event in read(self.run.journal))
+        self.id = f"dapo-{self.run.id}-{1 + max([started, *known])}"
+        self._fence = self.run.journal.stat().st_size if self.run.journal.exists() else 0
+        self.run.stop_request.unlink(missing_ok=True)
+        env = NO_PHONE_HOME | dict(self.config.ray.env)
+        try:
+            if self.cluster.local:
+                command = f"cd {shlex.quote(str(Path.cwd()))} && exec {self._command(sys.executable)}"
+                self.cluster.submit(self.id, command, env, {"run": self.run.id})
+            else:
+                self._submit_with_code(env)
+        except AlreadySubmitted:
+            return False  # another follower of this run was faster; the id is the same
+        return True
+
+    def follow(
+        self, offset: int = 0, idle: Callable[[], None] = lambda: None, asked_to_stop: Callable[[], bool] = bool
+    ) -> Iterator[tuple[Event, int]]:
+        """Events from `offset` on, each with the offset behind it, to the end of the run.
+
+        A job that is gone without a last word is started again, `ray.restarts` times.
+
+        Args:
+            offset: where reading begins; earlier attempts' events are given too.
+            idle: called between looks at the journal, at least every `POLL_S` seconds.
+            asked_to_stop: then a job that is gone is not started again.
+
+        Raises:
+            TrainingError: the job failed for a lasting reason, or crashed too often.
+        """
+        restarts, asked_at, last_word = 0, time.monotonic(), time.monotonic()
+        while True:
+            for event, behind in follow(self.run.journal, offset):
+                offset, last_word = behind, time.monotonic()
+                yield event, behind
+                if event.kind == "ended" and behind > self._fence:
+                    if event.data["status"] != "failed":
+                        return
+                    if not self._worth_another_try(event.data, restarts):
+                        raise TrainingError(f"training failed: {event.data['reason']}. Log: {self.run.job_log}")
+                    restarts = self._again(restarts, event.data["reason"], idle)
+            idle()
+            if time.monotonic() - asked_at > STATUS_EVERY_S:
+                gone = self._gone()
+                asked_at = time.monotonic()
+                if gone and not _more(self.run.journal, offset):
+                    if asked_to_stop():
+                        return
+                    if restarts >= self.config.ray.restarts:
+                        raise TrainingError(
+                            f"the training job {self.id} crashed ({gone}) and was started again {restarts} times "
+                            f"(ray.restarts={self.config.ray.restarts}). Log: {self.run.job_log}; `dapo run` again "
+                            "continues from the last checkpoint"
+                        )
+                    restarts = self._again(restarts, gone, idle)
+            if time.monotonic() - last_word > SILENCE_S:
+                last_word = time.monotonic()
+                log.warning("no news from %s for %.0f s; its log: %s", self.id, SILENCE_S, self.run.job_log)
+            time.sleep(POLL_S)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask for a checkpoint and an end; the controller looks between phases."""
+        if not self.run.stop_request.exists():
+            self.run.stop_request.write_text(reason + "\n")
+
+    def kill(self) -> None:
+        """End the job whatever it does; the next start goes on from its last checkpoint."""
+        try:
+            self.cluster.stop(self.id)
+        except (DashboardAway, UnknownJob) as error:
+            log.warning("could not stop %s: %s", self.id, error)
+
+    def keep_output(self) -> None:
+        """Copy what the job and its workers printed into the run folder: Ray forgets it when the cluster goes."""
+        try:
+            (self.run.root / f"{self.id}.log").write_text(self.cluster.log(self.id))
+        except (DashboardAway, UnknownJob, OSError) as error:
+            log.warning("output of %s was not kept: %s", self.id, error)
+
+    def _gone(self) -> str | None:
+        """Why the job no longer runs; None while it does, or while nobody can tell."""
+        try:
+            job = self.cluster.job(self.id)
+        except UnknownJob:
+            return "the cluster was started anew and does not know it"
+        except DashboardAway as away:
+            if self.cluster.local:
+                return f"the local Ray is gone: {away}"
+            log.warning("%s; the journal is followed on", away)
+            return None
+        if job["status"] == "PENDING" and time.time() - job["start_time"] / 1000 > 60:
+            log.warning("job %s still waits in the cluster: %s", self.id, job.get("message", ""))
+        return f"{job['status']}: {job.get('message', '')}" if job["status"] in TERMINAL else None
+
+    def _again(self, restarts: int, reason: str, idle: Callable[[], None]) -> int:
+        """Wait a little, then start the next attempt."""
+        pause = self.back_off_s[min(restarts, len(self.back_off_s) - 1)]
+        log.warning("training job %s: %s; it is started again in %.0f s", self.id, reason, pause)
+        self.keep_output()
+        end_at = time.monotonic() + pause
+        while time.monotonic() < end_at:
+            idle()
+            time.sleep(min(POLL_S, pause))
+        while True:
+            try:
+                self.cluster = connect(self.config)
+                self.start()
+                return restarts + 1
+            except DashboardAway as away:
+                log.warning("%s; asked again in %.0f s", away, self.back_off_s[-1])
+                time.sleep(self.back_off_s[-1])
+
+    def _worth_another_try(self, ended: Mapping[str, Any], restarts: int) -> bool:
+        return restarts < self.config.ray.restarts and ended.get("error", "ConfigError") not in _LASTING
+
+    def _jobs(self) -> list[dict[str, Any]]:
+        prefix = f"dapo-{self.run.id}-"
+        return [j for j in self.cluster.jobs() if j["submission_id"].startswith(prefix)]
+
+    def _command(self, python: str) -> str:
+        return shlex.join([python, *self.entrypoint, str(self.run.root)])
+
+    def _submit_with_code(self, env: dict[str, str]) -> None:
+        """A remote cluster gets our working directory with the job."""
+        from ray.job_submission import JobSubmissionClient
+
+        headers = {"Authorization": f"Bearer {self.cluster.token}"} if self.cluster.token else None
+        client = JobSubmissionClient(self.cluster.address, headers=headers)
+        working_dir = {"working_dir": str(Path.cwd()), "excludes": _NOT_UPLOADED}
+        try:
+            client.submit_job(
+                submission_id=self.id,
+                entrypoint=self._command("python"),
+                runtime_env={"env_vars": env, **working_dir},
+                metadata={"run": self.run.id},
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise TrainingError(f"Ray at {self.cluster.address} did not take the job: {error}") from error
+
+
+def finished(run: RunFolder) -> Event | None:
+    """The last event of a run that reached its configured end; None where it did not."""
+    last: Event | None = None
+    for event in read(run.journal):
+        if event.kind in ("started", "ended"):
+            last = event
+    return last if last is not None and last.kind == "ended" and last.data["status"] == "finished" else None
+
+
+def _last_start(journal: Path) -> int:
+    return max((behind for event, behind in follow(journal) if event.kind == "started"), default=0)
+
+
+def _more(journal: Path, offset: int) -> bool:
+    return next(follow(journal, offset), None) is not None
