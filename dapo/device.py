@@ -1,0 +1,137 @@
+"""cpu | cuda | npu: which devices there are and how to talk to them. The only file that may import torch_npu."""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import importlib.util
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from dapo.errors import EnvironmentCheckError
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["cpu", "cuda", "npu"]
+
+BACKENDS: dict[Kind, str] = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+"""Process-group backends. Small numbers are reduced on CPU: float64 sums, which HCCL has not."""
+
+
+def resolve(wanted: str = "auto") -> Kind:
+    """The kind of device to use on this machine.
+
+    Args:
+        wanted: `auto` (NPU, else CUDA, else CPU), or one kind that must be present.
+
+    Raises:
+        EnvironmentCheckError: the named device is not here; says what was looked for and what is here.
+    """
+    npu_missing = _npu_missing()
+    _keep_torch_importable(npu_missing)
+    present: dict[str, str] = {"npu": npu_missing, "cuda": _cuda_missing(), "cpu": ""}
+    if wanted == "auto":
+        wanted = next(kind for kind, missing in present.items() if not missing)
+    if wanted not in present:
+        raise EnvironmentCheckError(f"device={wanted!r} is not one of auto, cpu, cuda, npu")
+    if present[wanted]:
+        here = ", ".join(kind for kind, missing in present.items() if not missing)
+        raise EnvironmentCheckError(
+            f"device={wanted} is not usable: {present[wanted]}. This machine has: {here}. Set device=auto to take the "
+            "best one present"
+        )
+    return "npu" if wanted == "npu" else "cuda" if wanted == "cuda" else "cpu"
+
+
+def torch_device(kind: Kind, local_rank: int = 0) -> torch.device:
+    """Make the device this process's current one and return it; for an NPU this imports torch_npu."""
+    import torch
+
+    if kind == "npu":
+        import torch_npu  # noqa: F401
+
+        torch.npu.set_device(local_rank)
+    elif kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        return torch.device("cpu")
+    return torch.device(kind, local_rank)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for itself back to the device, for the engine that shares it."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; for timing."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Memory in GiB: `allocated` and `peak` of this process, `free` and `total` of the device (on CPU: the machine)."""
+    import torch
+
+    gib = 2.0**30
+    if device.type == "cpu":
+        import resource
+
+        page = os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm") as statm:
+            resident = int(statm.read().split()[1]) * page
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+        return {"allocated": resident / gib, "peak": peak / gib, "free": free / gib, "total": total / gib}
+    module = getattr(torch, device.type)
+    free, total = module.mem_get_info(device)
+    allocated, peak = module.memory_allocated(device), module.max_memory_allocated(device)
+    return {"allocated": allocated / gib, "peak": peak / gib, "free": free / gib, "total": total / gib}
+
+
+def set_threads(count: int) -> None:
+    """Threads of this process's CPU kernels. On a busy machine more threads than free cores are many times slower."""
+    import torch
+
+    torch.set_num_threads(max(1, count))
+
+
+@cache
+def _npu_missing() -> str:
+    """Empty where an Ascend NPU is usable, else what is missing. Imports neither torch nor torch_npu.
+
+    torch_npu without CANN makes even `import torch` fail, so the order matters: package, device nodes, driver library.
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        return "the package torch_npu is not installed"
+    if not glob.glob("/dev/davinci[0-9]*"):
+        return "there is no device node /dev/davinci*"
+    try:
+        ctypes.CDLL("libascendcl.so")
+    except OSError as error:
+        return f"libascendcl.so does not load ({error}); source CANN's set_env.sh before this process starts"
+    return ""
+
+
+@cache
+def _cuda_missing() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch finds no CUDA device (torch.cuda.is_available() is False)"
+
+
+def _keep_torch_importable(npu_missing: str) -> None:
+    """An installed but unusable torch_npu would break `import torch` by its autoload, here and in child processes."""
+    if npu_missing and importlib.util.find_spec("torch_npu") is not None:
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

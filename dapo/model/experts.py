@@ -1,0 +1,89 @@
+"""Mixture-of-experts layers in transformers' experts registry: one path for training and log-probabilities.
+
+Tokens are sorted by expert, each expert works on its own tokens only, and each token's results are added up with the
+router's weights. Never all experts on all tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dapo.model.linear import _Linear, uses_onednn
+
+EXPERTS = {"cpu": "dapo_loop", "cuda": "grouped_mm", "npu": "dapo_npu"}
+"""Name in the registry per kind of device."""
+
+
+def loop_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """One pair of matrix products per expert that has tokens.
+
+    Args:
+        module: with `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I] and `_apply_gate`.
+        hidden: [N, H]. top_k_index: [N, k] expert of each choice. top_k_weights: [N, k].
+
+    Returns:
+        [N, H].
+    """
+    experts: Any = module
+    tokens, choices = top_k_index.shape
+    order = top_k_index.flatten().argsort(stable=True)
+    counts = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).tolist()
+    rows = hidden.index_select(0, order // choices).split(counts)
+    outputs = []
+    for expert, part in enumerate(rows):
+        if counts[expert]:
+            inner = experts._apply_gate(_linear(part, experts.gate_up_proj[expert]))
+            outputs.append(_linear(inner, experts.down_proj[expert]))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    chosen = torch.cat(outputs).index_select(0, back).view(tokens, choices, -1)
+    return (chosen * top_k_weights[..., None].to(chosen.dtype)).sum(1)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if not uses_onednn(x):
+        return nn.functional.linear(x, weight)
+    out: Tensor = _Linear.apply(x, weight, None)
+    return out
+
+
+class _NpuGrouped(torch.autograd.Function):
+    """x [N, K] in consecutive groups of `counts` rows, times w[e].T of w [E, M, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, counts)
+        return _npu_grouped_matmul(x, w.transpose(1, 2), counts, split_item=2, group_type=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, counts = ctx.saved_tensors
+        dx = _npu_grouped_matmul(grads[0], w, counts, split_item=2, group_type=0)
+        dw = _npu_grouped_matmul(grads[0].T, x, counts, split_item=3, group_type=2)
+        return dx, dw, None
+
+
+def _npu_grouped_matmul(a: Tensor, b: Tensor, counts: Tensor, *, split_item: int, group_type: int) -> Tensor:
+    out: Tensor = torch.ops.npu.npu_grouped_matmul(
+        [a], [b], bias=None, group_list=counts, split_item=split_item, group_type=group_type, group_list_type=1
+    )[0]
+    return out
+
+
+def npu_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As `loop_experts`, by Ascend's grouped products, without host synchronisation. Not run on a device yet."""
+    experts: Any = module
+    rows, places = torch.ops.npu.npu_moe_token_permute(hidden, top_k_index.to(torch.int32))
+    counts = torch.histc(top_k_index, bins=experts.num_experts, min=0, max=experts.num_experts).long()
+    inner = torch.ops.npu.npu_swiglu(_NpuGrouped.apply(rows, experts.gate_up_proj, counts), dim=-1)
+    out = _NpuGrouped.apply(inner, experts.down_proj, counts)
+    merged: Tensor = torch.ops.npu.npu_moe_token_unpermute(out, places, probs=top_k_weights.to(out.dtype))
+    return merged
+
+
+ALL_EXPERTS_FUNCTIONS.register("dapo_loop", loop_experts)
+ALL_EXPERTS_FUNCTIONS.register("dapo_npu", npu_experts)

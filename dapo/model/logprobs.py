@@ -1,0 +1,152 @@
+"""Log-probabilities and entropy of given tokens from hidden states, without ever holding all logits.
+
+Logits are made in tiles of tokens times vocabulary and thrown away; the backward pass makes them again. What stays
+alive is a few numbers per token. Softmax and sums are float32 (float64 for float64 input) whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapo.model.linear import product
+
+TILE = 2**22
+"""Logits alive at a time: 16 MiB in float32."""
+_MASKED = -1e30
+"""A banned logit: finite, so that 0 * log 0 is 0 and not NaN; its probability is exactly 0."""
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    tile: int = TILE,
+) -> tuple[Tensor, Tensor]:
+    """Of each target under softmax(hidden @ weight.T / temperature) over the ids that are not banned.
+
+    Args:
+        hidden: [N, H], the states that predict the targets; with gradient.
+        weight: [V, H], the output matrix; with gradient.
+        targets: [N] int64; none of them banned.
+        temperature: of the sampling; above 0.
+        banned: [V] bool, or None.
+
+    Returns:
+        Log-probabilities and entropies [N], nats, float32 or wider, both with gradient.
+    """
+    out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, weight, targets, temperature, banned, tile)
+    return out
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        banned: Tensor | None,
+        tile: int,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(tokens, dtype=wide, device=hidden.device)
+        normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for rows in _chunks(tokens, _row_chunk(tokens, vocabulary, tile)):
+            top = total = weighted = chosen = None
+            for columns in _chunks(vocabulary, _column_chunk(vocabulary, tile)):
+                z = _logits(hidden[rows], weight, columns, temperature, banned, wide)
+                at, here = _locate(targets[rows], columns)
+                picked = torch.where(here, z.gather(1, at[:, None])[:, 0], 0.0)
+                high = z.amax(1)
+                new_top = high if top is None else torch.maximum(top, high)
+                p = (z - new_top[:, None]).exp_()
+                part, part_weighted = p.sum(1), _row_dot(p, z)
+                if top is None:
+                    total, weighted, chosen = part, part_weighted, picked
+                else:
+                    shrink = (top - new_top).exp_()
+                    total, weighted = total * shrink + part, weighted * shrink + part_weighted
+                    chosen = chosen + picked
+                top = new_top
+            normaliser[rows] = top + total.log()
+            logprobs[rows] = chosen - normaliser[rows]
+            entropy[rows] = normaliser[rows] - weighted / total
+        ctx.save_for_backward(hidden, weight, targets, banned, normaliser, entropy)
+        ctx.temperature, ctx.tile, ctx.wide = temperature, tile, wide
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, banned, normaliser, entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None, None, None
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden, dtype=ctx.wide) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=ctx.wide) if need_weight else None
+        for rows in _chunks(tokens, _row_chunk(tokens, vocabulary, ctx.tile)):
+            # By hand: d logprob / d z = onehot - p; d entropy / d z = -p (z - normaliser + entropy).
+            g = 0.0 if grad_logprobs is None else grad_logprobs[rows, None]
+            for columns in _chunks(vocabulary, _column_chunk(vocabulary, ctx.tile)):
+                z = _logits(hidden[rows], weight, columns, ctx.temperature, banned, ctx.wide)
+                z -= normaliser[rows, None]
+                pull: Any = g
+                if grad_entropy is not None:
+                    pull = g + grad_entropy[rows, None] * (z + entropy[rows, None])
+                dz = z.exp_().mul_(pull).neg_()
+                if grad_logprobs is not None:
+                    at, here = _locate(targets[rows], columns)
+                    dz.scatter_add_(1, at[:, None], torch.where(here, grad_logprobs[rows], 0.0)[:, None])
+                dz = dz.div_(ctx.temperature).to(hidden.dtype)
+                if d_hidden is not None:
+                    d_hidden[rows] += product(dz, weight[columns].T)
+                if d_weight is not None:
+                    d_weight[columns] += product(dz.T, hidden[rows].T)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _logits(
+    rows: Tensor, weight: Tensor, columns: slice, temperature: float, banned: Tensor | None, wide: torch.dtype
+) -> Tensor:
+    z = product(rows, weight[columns]).to(wide)
+    if temperature != 1.0:
+        z = z.div_(temperature)
+    return z if banned is None else z.masked_fill_(banned[columns], _MASKED)
+
+
+def _locate(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Column of each target inside the tile (0 where it lies elsewhere), and whether it lies inside."""
+    here = (targets >= columns.start) & (targets < columns.stop)
+    return torch.where(here, targets - columns.start, 0), here
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over columns of a * b, without holding the product."""
+    return torch.linalg.vecdot(a, b)
+
+
+def _column_chunk(vocabulary: int, tile: int) -> int:
+    """At least 64 tokens fit beside each other in a tile."""
+    return max(1, min(vocabulary, tile // 64))
+
+
+def _row_chunk(tokens: int, vocabulary: int, tile: int) -> int:
+    return max(1, min(tokens, tile // _column_chunk(vocabulary, tile)))
+
+
+def _chunks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
