@@ -107,12 +107,19 @@ class Rollout:
     """The decoded response, for graders and people."""
 
     @property
+    def scored(self) -> Scored | None:
+        """The verdict, truncated or not; None where the check failed."""
+        match self.outcome:
+            case Truncated(scored=scored):
+                return scored
+            case Scored() as scored:
+                return scored
+        return None
+
+    @property
     def correct(self) -> bool:
         """True only where a check succeeded and said so."""
-        match self.outcome:
-            case Scored(accuracy=accuracy) | Truncated(scored=Scored(accuracy=accuracy)):
-                return accuracy
-        return False
+        return self.scored is not None and self.scored.accuracy
 
     @property
     def failed(self) -> bool:

@@ -85,6 +85,12 @@ class SamplingReport:
     generated: int
     verdicts: dict[Verdict, int]
     """Of the groups generated in this step; every verdict has its entry."""
+    responses: int
+    """Generated in this step."""
+    judged: int
+    """Of these, checked without a failure."""
+    right: int
+    """Of these, correct: right / judged is the policy's accuracy on the training prompts, before any filter."""
     carried_in: int
     """Kept groups of earlier steps that were still fresh."""
     expired: int
@@ -120,7 +126,7 @@ class GroupBuffer:
         self._waiting: deque[RolloutGroup] = deque()
         self._kept_weight = self._seen_weight = 0.0
         self._verdicts: Counter[Verdict] = Counter()
-        self._rounds = self._generated = self._carried_in = self._expired = self._taken = self._dropped = 0
+        self._count: Counter[str] = Counter()
 
     def __len__(self) -> int:
         """Kept groups waiting to be trained on."""
@@ -139,30 +145,28 @@ class GroupBuffer:
     def stage(self) -> Stage:
         """Where this step stands on the ladder."""
         config = self.config
-        found = len(self) + self._taken
-        if found >= self.prompts_per_step or self._rounds < config.max_rounds:
-            return Stage.CARRY_OVER if self._rounds < 2 else Stage.LARGER_ROUND
+        found, rounds = len(self) + self._count["taken"], self._count["rounds"]
+        if found >= self.prompts_per_step or rounds < config.max_rounds:
+            return Stage.CARRY_OVER if rounds < 2 else Stage.LARGER_ROUND
         if self._verl:
             return Stage.STOP
         if found >= math.ceil(config.min_prompts_share * self.prompts_per_step):
             return Stage.SMALLER_STEP
-        return Stage.LARGER_ROUND if self._rounds < config.max_rounds + config.patience_rounds else Stage.STOP
+        return Stage.LARGER_ROUND if rounds < config.max_rounds + config.patience_rounds else Stage.STOP
 
     def begin_step(self, policy_version: int) -> None:
         """Forget the last step's counts and the groups that are more than `max_staleness` versions old."""
         oldest = policy_version - self.config.max_staleness
         fresh = [] if self._verl else [g for g in self._waiting if g.policy_version >= oldest]
-        self._expired = len(self._waiting) - len(fresh)
-        self._waiting = deque(fresh)
-        self._carried_in = len(fresh)
+        self._count = Counter(expired=len(self._waiting) - len(fresh), carried_in=len(fresh))
         self._verdicts.clear()
-        self._rounds = self._generated = self._taken = self._dropped = 0
+        self._waiting = deque(fresh)
 
     def next_round_size(self) -> int:
         """Prompts to ask in the next round; 0: ask no more, `take` what there is."""
-        missing = self.prompts_per_step - len(self) - self._taken
+        missing = self.prompts_per_step - len(self) - self._count["taken"]
         if not self.config.enabled:
-            return max(missing, 0) if not (self._verl and self._rounds) else 0
+            return 0 if self._verl and self._count["rounds"] else max(missing, 0)
         if missing <= 0 or self.stage in (Stage.SMALLER_STEP, Stage.STOP):
             return 0
         if self._verl:
@@ -182,8 +186,14 @@ class GroupBuffer:
         kept = [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT]
         self._waiting.extend(kept)
         self._verdicts.update(verdicts)
-        self._rounds += 1
-        self._generated += len(groups)
+        responses = [r for group in groups for r in group.rollouts]
+        self._count.update(
+            rounds=1,
+            generated=len(groups),
+            responses=len(responses),
+            judged=sum(not r.failed for r in responses),
+            right=sum(r.correct for r in responses),
+        )
         decay = 0.5 ** (len(groups) / (HALF_LIFE * self.prompts_per_step))
         self._kept_weight = self._kept_weight * decay + len(kept)
         self._seen_weight = self._seen_weight * decay + len(groups)
@@ -214,25 +224,21 @@ class GroupBuffer:
         whole_round = self._verl and not self.config.enabled
         count = len(self) if whole_round else min(self.prompts_per_step, len(self))
         taken = [self._waiting.popleft() for _ in range(count)]
-        self._taken += count
+        self._count["taken"] += count
         if self._verl:
-            self._dropped = len(self._waiting)
+            self._count["dropped"] += len(self._waiting)
             self._waiting.clear()
         return taken
 
     def report(self) -> SamplingReport:
         """This step so far."""
+        names = ("rounds", "generated", "responses", "judged", "right", "carried_in", "expired", "taken", "dropped")
         return SamplingReport(
             stage=self.stage,
-            rounds=self._rounds,
-            generated=self._generated,
             verdicts={verdict: self._verdicts[verdict] for verdict in Verdict},
-            carried_in=self._carried_in,
-            expired=self._expired,
-            taken=self._taken,
-            dropped=self._dropped,
             waiting=len(self),
             keep_rate=self.keep_rate,
+            **{name: self._count[name] for name in names},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,12 +247,11 @@ class GroupBuffer:
             "waiting": [group_to_plain(group) for group in self._waiting],
             "keep_rate": [self._kept_weight, self._seen_weight],
             "verdicts": {verdict.value: count for verdict, count in self._verdicts.items()},
-            "counts": [self._rounds, self._generated, self._carried_in, self._expired, self._taken, self._dropped],
+            "counts": dict(self._count),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting = deque(group_from_plain(plain) for plain in state["waiting"])
         self._kept_weight, self._seen_weight = state["keep_rate"]
         self._verdicts = Counter({Verdict(name): count for name, count in state["verdicts"].items()})
-        counts = state["counts"]
-        self._rounds, self._generated, self._carried_in, self._expired, self._taken, self._dropped = counts
+        self._count = Counter(state["counts"])

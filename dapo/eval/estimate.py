@@ -1,0 +1,141 @@
+"""What samples say about a policy: mean@k, pass@k, best, worst and majority of k, intervals, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Reducer = Callable[[list[int]], float]
+"""From the indices of a resample to a number."""
+
+# Two-sided 95 % of the normal distribution.
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number with its 95 % confidence bounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of k samples is right: unbiased, from `correct` right of `samples` (>= k) drawn.
+
+    1 - C(samples - correct, k) / C(samples, k). Source: arXiv 2107.03374, equation 1.
+    """
+    if not 0 < k <= samples:
+        raise ValueError(f"k={k} must lie between 1 and the {samples} samples drawn")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def bootstrap(
+    size: int, subset: int, reducers: Sequence[Reducer], *, resamples: int = 1000, seed: int = 42
+) -> list[tuple[float, float]]:
+    """Mean and standard deviation of each reducer over resamples of `subset` of `size` items, with replacement.
+
+    Every call with one seed draws the same indices (NumPy's MT19937), so that prompts and variables are comparable.
+    """
+    rows = resample_rows(size, subset, resamples, seed)
+    reduced = np.array([[reducer(row) for reducer in reducers] for row in rows])
+    return [(float(mean), float(std)) for mean, std in zip(reduced.mean(axis=0), reduced.std(axis=0), strict=True)]
+
+
+def resample_rows(size: int, subset: int, resamples: int, seed: int) -> list[list[int]]:
+    rows: list[list[int]] = np.random.RandomState(seed).randint(0, size, (resamples, subset)).tolist()
+    return rows
+
+
+def majority(votes: Sequence[Hashable], row: Sequence[int]) -> int:
+    """Index of the first item whose vote is the most frequent of a row; of equal votes the one seen first."""
+    winner = Counter(votes[i] for i in row).most_common(1)[0][0]
+    return next(i for i in row if votes[i] == winner)
+
+
+def sample_estimates(
+    values: Sequence[float], votes: Sequence[Hashable] | None = None, *, resamples: int = 1000, seed: int = 42
+) -> dict[str, float]:
+    """One prompt's N samples: `mean@N`, `std@N`, and bootstrapped best, worst and (with votes) majority of k.
+
+    Returns:
+        For N > 1, k over the powers of two below N and N itself: `best@k/mean`, `best@k/std`, `worst@k/...`: the
+        largest and smallest of k values; `maj@k/...`: the value of the sample that the majority of votes elects.
+    """
+    n = len(values)
+    estimates = {f"mean@{n}": float(np.mean(values))}
+    if n == 1:
+        return estimates
+    estimates[f"std@{n}"] = float(np.std(values))
+    reducers: dict[str, Reducer] = {
+        "best": lambda row: max(values[i] for i in row),
+        "worst": lambda row: min(values[i] for i in row),
+    }
+    if votes is not None:
+        reducers["maj"] = lambda row: values[majority(votes, row)]
+    for k in [*(2**e for e in range(1, n.bit_length()) if 2**e < n), n]:
+        found = bootstrap(n, k, list(reducers.values()), resamples=resamples, seed=seed)
+        for name, (mean, std) in zip(reducers, found, strict=True):
+            estimates |= {f"{name}@{k}/mean": mean, f"{name}@{k}/std": std}
+    return estimates
+
+
+def over_prompts(estimates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over prompts; a name that only some prompts have is averaged over these."""
+    values = defaultdict(list)
+    for one in estimates:
+        for name, value in one.items():
+            values[name].append(value)
+    return {name: math.fsum(having) / len(having) for name, having in values.items()}
+
+
+def accuracy_interval(per_prompt: Sequence[float]) -> Interval:
+    """Mean accuracy with the Wilson score interval; prompts, not samples, are what varies independently.
+
+    With several samples per prompt the effective number of trials is p (1 - p) over the squared standard error of the
+    prompts' means; with one it is the number of prompts, and this is the textbook interval.
+    """
+    prompts = len(per_prompt)
+    if not prompts:
+        return Interval(math.nan, math.nan, math.nan)
+    p = math.fsum(per_prompt) / prompts
+    variance = math.fsum((x - p) ** 2 for x in per_prompt) / prompts
+    trials = max(prompts * p * (1 - p) / variance if variance > 1e-12 else 0.0, float(prompts))
+    centre = (p + _Z95**2 / (2 * trials)) / (1 + _Z95**2 / trials)
+    half = _Z95 / (1 + _Z95**2 / trials) * math.sqrt(p * (1 - p) / trials + _Z95**2 / (4 * trials**2))
+    return Interval(p, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def paired_difference(
+    ours: Mapping[str, float], theirs: Mapping[str, float], *, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of ours minus theirs over the same prompts, with the 95 % percentile interval of resampled prompts.
+
+    Args:
+        ours, theirs: a value per prompt id, measured with the same decoding.
+
+    Raises:
+        ValueError: not the same prompts, or none.
+    """
+    if not ours or ours.keys() != theirs.keys():
+        raise ValueError(
+            f"a paired difference needs the same prompts on both sides: {len(ours)} and {len(theirs)} given, "
+            f"{len(ours.keys() & theirs.keys())} in common; evaluate both on one data set"
+        )
+    differences = np.array([ours[prompt] - theirs[prompt] for prompt in sorted(ours)])
+    generator = np.random.default_rng(seed)
+    count = len(differences)
+    rows = max(1, 2_000_000 // count)  # indices held at a time: 16 MB
+    means = np.concatenate(
+        [
+            differences[generator.integers(0, count, (min(rows, resamples - done), count))].mean(axis=1)
+            for done in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(differences.mean()), float(low), float(high))
