@@ -33,7 +33,8 @@ def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) ->
 def validate(tree: Mapping[str, Any], where: str = "configuration") -> RunConfig:
     """Build the tree's model; every problem in one ConfigError, one line each."""
     try:
-        return RunConfig.model_validate(tree)
+        # On top of the defaults, so that part of a variant (`model.source.seed=1`) need not name its kind again.
+        return RunConfig.model_validate(_combine(RunConfig().model_dump(), dict(tree)))
     except ValidationError as error:
         lines = [_explain(dict(e)) for e in error.errors()]
         raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
@@ -62,19 +63,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping at the top, found {type(tree).__name__}")
     parent = tree.pop("extends", None)
-    return tree if parent is None else _merge(_read(path.parent / parent, (*seen, path)), tree)
+    return tree if parent is None else _combine(_read(path.parent / parent, (*seen, path)), tree)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            out[key] = _merge(old, value)
-        else:
-            # Another `kind` is another variant: keys of the old one would be unknown to it.
-            out[key] = value
-    return out
+def _combine(old: Any, new: Any) -> Any:
+    """Mappings merge, everything else replaces; so does another `kind`, whose keys the old variant does not have."""
+    if not isinstance(old, dict) or not isinstance(new, dict) or new.get("kind", old.get("kind")) != old.get("kind"):
+        return new
+    return {**old, **{key: _combine(old.get(key), value) for key, value in new.items()}}
 
 
 def _parse(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -101,9 +97,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = child
     if last == "kind" and tree.get("kind") != value:
         tree.clear()  # the old variant's keys do not belong to the new one
-    if isinstance(value, dict) and isinstance(tree.get(last), dict):
-        value = _merge(tree[last], value)
-    tree[last] = value
+    tree[last] = _combine(tree.get(last), value)
 
 
 def _explain(error: dict[str, Any]) -> str:

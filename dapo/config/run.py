@@ -54,9 +54,9 @@ class RayConfig(Frozen):
     """Dashboard address of a cluster (http://host:8265); null: a Ray on this machine, started if there is none."""
     token_env: str = "RAY_AUTH_TOKEN"
     """Name of the environment variable that holds the cluster's token, where it asks for one."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the job and all its workers (goes by runtime_env)."""
-    preload: dict[str, str] = {}
+    preload: dict[str, str] = Field(default_factory=dict)
     """Variables that must exist before a process starts (LD_PRELOAD): checked on the workers, not only set."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Times a crashed job is started again; it resumes from its last checkpoint."""
