@@ -38,7 +38,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
             return d.abs()
         case "k3":
             limited = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            return ((-limited).exp() - 1 + limited).clamp(-MAX_K3, MAX_K3)
+            return ((-limited).expm1() + limited).clamp(-MAX_K3, MAX_K3)
     raise ValueError(f"KL estimator {kind!r} is unknown; known: k1, k2, k3, abs, and k1+, k3+, abs+")
 
 

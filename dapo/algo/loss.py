@@ -127,7 +127,7 @@ def kl_cov(
     """
     cov = covariance(logprobs, advantages, valid)
     wanted = min(_share(valid, config.share), int(valid.sum()))
-    chosen = torch.zeros_like(valid).index_fill(0, cov.topk(wanted).indices, True)
+    chosen = torch.zeros_like(valid).index_fill(0, cov.argsort(descending=True, stable=True)[:wanted], True)
     never = torch.zeros_like(valid)
     penalty = torch.where(chosen, config.coef * log_ratios.abs(), 0.0)
     return TokenLoss(-log_ratios.exp() * advantages + penalty, never, never, never)
