@@ -1,0 +1,293 @@
+"""vLLM and vLLM-Ascend behind `Engine`: one adapter for 0.23 to 0.32, embedded in the worker's process by default."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dapo.errors import EngineError
+from dapo.rollout import ascend
+from dapo.rollout.checks import check_completion
+from dapo.rollout.sampling import request_seed
+from dapo.rollout.vllm_process import SHARED_MEMORY, WEIGHTS_FILE, start_vllm
+from dapo.rollout.vllm_worker import to_checkpoint_names
+from dapo.types import Completion, FinishReason, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from dapo.config.run import RunConfig
+    from dapo.data.processor import PromptProcessor
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_BUCKET = 64 * 2**20
+
+
+class VllmEngine:
+    """`Engine` on vLLM.
+
+    Args:
+        weights: a Hugging Face folder (MoE: experts in hub layout, as `save_pretrained` of this project writes them).
+        processor: of the same folder.
+        dtype: of weights and cache.
+        device: cpu, cuda or npu.
+        max_model_len: longest prompt and response together, tokens.
+        kv_cache_mib: cache on CPU, where vLLM would otherwise take most of the machine's memory.
+        memory_share: of an accelerator's memory, for weights and cache.
+        tensor_parallel: ranks that share this engine. Above 1 each of them makes one with the same arguments inside a
+            running process group and gets the same requests (vLLM's external launcher).
+        separate_process: run the engine core in its own process; weights then go through shared memory.
+        max_images: per prompt.
+
+    Raises:
+        ConfigError: vLLM is not installed, or refuses these arguments.
+    """
+
+    def __init__(
+        self,
+        weights: Path,
+        processor: PromptProcessor,
+        *,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        max_model_len: int = 1024,
+        max_num_seqs: int = 256,
+        kv_cache_mib: int = 256,
+        memory_share: float = 0.7,
+        tensor_parallel: int = 1,
+        expert_parallel: bool = False,
+        chunked_prefill: bool = True,
+        eager: bool = True,
+        separate_process: bool = False,
+        max_images: int = 4,
+    ) -> None:
+        self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
+        self.version, self._asleep = 0, frozenset[str]()
+        self._separate = separate_process
+        self.vocab_size = processor.vocab_size
+        arguments: dict[str, Any] = {
+            "model": str(weights),
+            "dtype": dtype,
+            "seed": 0,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "tensor_parallel_size": tensor_parallel,
+            "enable_expert_parallel": expert_parallel,
+            "enable_chunked_prefill": chunked_prefill,
+            "enforce_eager": eager,
+            # After temperature, top-k, top-p and bans: what the token was really drawn from.
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "worker_extension_cls": "dapo.rollout.vllm_worker.WorkerExtension",
+            "disable_log_stats": True,
+        }
+        if processor.has_images:
+            arguments["limit_mm_per_prompt"] = {"image": max_images, "video": 0}
+            arguments["mm_processor_cache_gb"] = 0
+            arguments["skip_mm_profiling"] = self.platform == "cpu"
+        if tensor_parallel > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        if self.platform == "cpu":
+            arguments["kv_cache_memory_bytes"] = kv_cache_mib * 2**20
+        else:
+            arguments["gpu_memory_utilization"] = memory_share
+            arguments["enable_sleep_mode"] = True
+        if self.platform == "npu":
+            version = ascend.installed_version()
+            ascend.check_environment(version, eager=eager)
+            ascend.set_environment(version)
+            arguments |= ascend.engine_arguments(version, eager=eager)
+        self.llm = start_vllm(arguments, separate_process=separate_process)
+        self._rpc("dapo_start", self.platform)
+
+    @classmethod
+    def from_config(
+        cls, config: RunConfig, weights: Path, processor: PromptProcessor, device: torch.device
+    ) -> VllmEngine:
+        """The engine of a run's configuration."""
+        rollout = config.rollout
+        return cls(
+            weights,
+            processor,
+            dtype=config.model.compute_dtype if rollout.dtype == "auto" else rollout.dtype,
+            device=device,
+            max_model_len=config.max_sequence_tokens,
+            max_num_seqs=rollout.max_num_seqs,
+            kv_cache_mib=rollout.kv_cache_mib,
+            memory_share=rollout.memory_share,
+            tensor_parallel=rollout.tensor_parallel,
+            expert_parallel=rollout.expert_parallel,
+            chunked_prefill=rollout.chunked_prefill,
+            eager=rollout.eager,
+        )
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        if self._asleep:
+            raise EngineError(f"generate was called while the engine sleeps ({', '.join(sorted(self._asleep))})")
+        requests = [self._request(prompt) for prompt in prompts]
+        sampling = [self._sampling(params, prompt) for prompt in prompts]
+        try:
+            outputs = self.llm.generate(requests, sampling, use_tqdm=False)
+        except Exception as error:  # vLLM raises many kinds; whichever it is, this round has failed
+            raise EngineError(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
+        return [self._completions(o, p, params) for o, p in zip(outputs, prompts, strict=True)]
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """In place, layer by layer: no second copy of the model, no file on disk.
+
+        Raises:
+            EngineError: a tensor does not fit, or a fused group came in part. Another whole update repairs the engine.
+        """
+        if "weights" in self._asleep:
+            self._wake("weights")
+        items = to_checkpoint_names(weights)
+        try:
+            self._rpc("dapo_begin_update")
+            if self._separate:
+                for bucket in _buckets(items, self._bucket_bytes()):
+                    self._send_by_shared_memory(bucket)
+            else:
+                self._rpc("dapo_load", items)
+            self._rpc("dapo_finish_update")
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"weight sync to version {version} failed: {type(error).__name__}: {error}") from error
+        # Attention blocks and image features of the old weights must not be found again.
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        self.version = version
+
+    def fingerprint(self) -> dict[str, float]:
+        """Of what the workers were given last, summed where they took it. What they made of it (packing, transposing)
+        is for the log-prob probe to judge. Empty before the first update."""
+        sums: dict[str, float] = self._rpc("dapo_fingerprint")[0]
+        return sums
+
+    def sleep(self) -> None:
+        """Free the cache, and move the weights to host memory. vLLM on CPU cannot: nothing happens there."""
+        if self.platform == "cpu" or self._asleep:
+            return
+        before = _free_bytes(self.platform)
+        self.llm.sleep(level=ascend.SLEEP_LEVEL)
+        self._asleep = frozenset({"weights", "kv_cache"})
+        freed = _free_bytes(self.platform) - before
+        log.info("engine asleep: %.2f GiB freed", freed / 2**30)
+        if freed <= 0:
+            log.warning("the engine's sleep freed no memory; the trainer may run out of it")
+
+    def wake(self) -> None:
+        for part in ("weights", "kv_cache"):
+            if part in self._asleep:
+                self._wake(part)
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        core = self.llm.llm_engine.engine_core
+        core.shutdown()
+        del self.llm
+
+    # requests
+
+    def _request(self, prompt: Prompt) -> dict[str, Any]:
+        from dapo.data.images import decode_image
+
+        # vLLM expands placeholders by itself; expanded ones it would silently expand again.
+        request: dict[str, Any] = {"prompt_token_ids": self.processor.collapse(prompt.token_ids)}
+        if prompt.images:
+            request["multi_modal_data"] = {"image": [decode_image(data) for data in prompt.images]}
+        return request
+
+    def _sampling(self, params: SamplingParams, prompt: Prompt) -> Any:
+        import vllm
+
+        return vllm.SamplingParams(
+            n=params.n,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            # vLLM gives sample i the seed after this one plus i.
+            seed=request_seed(params.seed, prompt.id),
+            logprobs=0,
+            flat_logprobs=True,
+            # Ours are the stop ids; the tokenizer's own would stop besides.
+            ignore_eos=True,
+            stop_token_ids=list(params.stop_token_ids),
+            logit_bias=dict.fromkeys(params.banned_token_ids, -100.0) or None,
+            detokenize=False,
+        )
+
+    def _completions(self, output: Any, prompt: Prompt, params: SamplingParams) -> list[Completion]:
+        if tuple(output.prompt_token_ids) != prompt.token_ids:
+            raise EngineError(
+                f"prompt {prompt.id}: vLLM saw {len(output.prompt_token_ids)} tokens, the trainer has "
+                f"{len(prompt.token_ids)}; their image processors or templates differ"
+            )
+        if len(output.outputs) != params.n:
+            raise EngineError(f"prompt {prompt.id}: vLLM returned {len(output.outputs)} samples of {params.n}")
+        completions = []
+        for sample in sorted(output.outputs, key=lambda one: one.index):
+            flat = sample.logprobs
+            logprobs = tuple(flat.logprobs[i] for i in flat.start_indices)
+            stopped = bool(sample.token_ids) and sample.token_ids[-1] in params.stop_token_ids
+            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+            completion = Completion(tuple(sample.token_ids), logprobs, reason, self.version)
+            check_completion(completion, self.vocab_size, params.banned_token_ids)
+            completions.append(completion)
+        return completions
+
+    # workers
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        results: list[Any] = self.llm.collective_rpc(method, args=args)
+        return results
+
+    def _wake(self, part: str) -> None:
+        self.llm.wake_up(tags=[part])
+        self._asleep -= {part}
+
+    def _bucket_bytes(self) -> int:
+        """A sixteenth of the model, so that no rank holds much of it twice."""
+        files = self.folder.glob("*.safetensors")
+        return max(_SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
+
+    def _send_by_shared_memory(self, bucket: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        with tempfile.NamedTemporaryFile(
+            dir=folder, prefix=f"{WEIGHTS_FILE}{os.getpid()}-", suffix=".safetensors"
+        ) as file:
+            save_file(bucket, file.name)
+            self._rpc("dapo_load_file", file.name)
+
+
+def _buckets(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors, on the host, of at most `limit` bytes together (a larger one goes alone)."""
+    bucket: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in items:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = {}, 0
+        # safetensors refuses tensors that share memory, as views of one fused tensor do.
+        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _free_bytes(platform: str) -> int:
+    import importlib
+
+    if platform == "npu":
+        importlib.import_module("torch_npu")
+    free: int = getattr(torch, platform).mem_get_info()[0]
+    return free

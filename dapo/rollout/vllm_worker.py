@@ -1,0 +1,148 @@
+"""What runs inside vLLM's workers: taking weights in place, and proving which ones came.
+
+vLLM adds `WorkerExtension` to the bases of its own worker class (GPU, CPU, NPU), so `self` is that worker. Every method
+is called by name through `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapo.errors import EngineError
+
+_FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
+
+
+def to_checkpoint_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """transformers' names to those vLLM loads.
+
+    transformers 5 holds all experts of a layer in `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]; hub files hold
+    them transposed, and vLLM transposes whatever comes under these names. One tensor per expert (`gate_proj` [I, H],
+    `up_proj` [I, H], `down_proj` [H, I]) has no orientation to get wrong and loads in all versions; these are views.
+    """
+    for name, tensor in weights:
+        experts, _, last = name.rpartition(".")
+        if last == "gate_up_proj" and experts.endswith(".experts"):
+            for number, fused in enumerate(tensor):
+                gate, up = fused.chunk(2)
+                yield f"{experts}.{number}.gate_proj.weight", gate
+                yield f"{experts}.{number}.up_proj.weight", up
+        elif last == "down_proj" and experts.endswith(".experts"):
+            for number, down in enumerate(tensor):
+                yield f"{experts}.{number}.down_proj.weight", down
+        else:
+            yield name, tensor
+
+
+def to_transformers_name(name: str) -> str:
+    """The tensor of transformers' state_dict that a checkpoint tensor is (part of)."""
+    match = _EXPERT.match(name)
+    if match is None:
+        return name
+    return f"{match['experts']}.{'down_proj' if match['part'] == 'down' else 'gate_up_proj'}"
+
+
+def check_whole_groups(names: Iterable[str]) -> None:
+    """Layers that vLLM stores fused must come whole: a lone q_proj leaves k and v uninitialised, without an error.
+
+    Raises:
+        EngineError: names what is missing of the first partial group.
+    """
+    came: dict[str, set[str]] = {}
+    for name in names:
+        layer, _, last = name.rpartition(".")
+        parent, _, part = layer.rpartition(".")
+        if any(part in group for group in _FUSED):
+            came.setdefault(f"{parent}|{last}", set()).add(part)
+    for key, parts in came.items():
+        for group in _FUSED:
+            if parts & group and not group <= parts:
+                parent, _, last = key.partition("|")
+                missing = ", ".join(sorted(group - parts))
+                raise EngineError(
+                    f"weight sync: {parent}.{min(parts & group)}.{last} came without {missing}; the engine stores them "
+                    "as one tensor: send whole groups"
+                )
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; prefix `dapo_` keeps clear of its names."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: Any
+
+    def dapo_start(self, platform: str) -> None:
+        """Once, after the model is loaded: the platform's repairs."""
+        if platform == "npu":
+            from dapo.rollout import ascend
+
+            ascend.repair_worker(self)
+
+    def dapo_begin_update(self) -> None:
+        """Bring the layers back to the form in which they were before loading (undo packing and transposing)."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        self._dapo_sums: dict[str, float] = {}
+        self._dapo_names: list[str] = []
+        if self._dapo_on_cpu():
+            # vLLM 0.32 on CPU takes a second load of experts for an update of packed weights and leaves them
+            # unpacked: no error, wrong answers (3.4 nats). Without its kernel object it packs again.
+            for module in model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            initialize_layerwise_reload(model)
+
+    def dapo_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load some tensors, under checkpoint names; whole fused groups may be spread over several calls."""
+        from vllm.config import set_current_vllm_config
+
+        model = self.model_runner.get_model()
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            model.load_weights(self._dapo_noted(weights))
+
+    def dapo_load_file(self, path: str) -> None:
+        """Load the tensors of a safetensors file (in shared memory)."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            self.dapo_load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def dapo_finish_update(self) -> None:
+        """Pack and transpose again, into the memory the running engine reads."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import reload
+
+        finalize: Any = reload.finalize_layerwise_reload
+        check_whole_groups(self._dapo_names)
+        runner = self.model_runner
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            finalize(runner.get_model(), runner.model_config)
+            if self._dapo_on_cpu():
+                # A NaN once written into a block of the cache leaks into every later sequence that reuses it.
+                for cache in runner.kv_caches:
+                    cache.zero_()
+
+    def dapo_fingerprint(self) -> dict[str, float]:
+        """Per transformers tensor: float64 sum of absolute values of what this worker was given last."""
+        return dict(getattr(self, "_dapo_sums", {}))
+
+    def _dapo_noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            whole = to_transformers_name(name)
+            self._dapo_names.append(name)
+            self._dapo_sums[whole] = self._dapo_sums.get(whole, 0.0) + float(tensor.abs().sum(dtype=torch.float64))
+            yield name, tensor
+
+    def _dapo_on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
