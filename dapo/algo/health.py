@@ -36,9 +36,10 @@ class Health:
 
     def observe(self, step: int, metrics: Metrics) -> list[Alarm]:
         """The alarms whose condition begins with this step."""
-        if "reward/mean" in metrics and "reward/accuracy" in metrics:
+        if "reward/mean" in metrics and "groups/accuracy" in metrics:
+            # Accuracy over all that was generated: among the groups trained on, the filter holds it near a half.
             self._rewards = [*self._rewards, metrics["reward/mean"]][-self.config.window :]
-            self._accuracies = [*self._accuracies, metrics["reward/accuracy"]][-self.config.window :]
+            self._accuracies = [*self._accuracies, metrics["groups/accuracy"]][-self.config.window :]
         alarms = []
         for name, check in self._checks().items():
             message = check(metrics)

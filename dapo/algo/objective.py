@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dapo.algo.aggregate import Totals, token_weights
-from dapo.algo.correction import effective_sample_share, importance_weights
+from dapo.algo.correction import effective_sample_share, gap_histogram, histogram_quantile, importance_weights
 from dapo.algo.kl import kl_estimate
-from dapo.algo.loss import MAX_LOG_RATIO, log_ratio, policy_loss
+from dapo.algo.loss import MAX_LOG_RATIO, TokenLoss, log_ratio, policy_loss
 from dapo.config.algorithm import AlgorithmConfig
 
 __all__ = ["ObjectiveResult", "TokenBatch", "Totals", "merge_sums", "policy_objective", "reduce_metrics"]
@@ -51,7 +51,7 @@ class ObjectiveResult:
     """Scalar with gradient. The update's loss is the plain sum of these over all packs of all ranks: call backward on
     each and add gradients up (no division by ranks or packs; where FSDP averages over d ranks, multiply by d)."""
     sums: dict[str, Tensor]
-    """0-d tensors without gradient, the same keys in the same order for every pack: for `merge_sums`."""
+    """Without gradient, the same keys, order and shapes for every pack: for `merge_sums`. 0-d, but `gap_histogram`."""
 
 
 def policy_objective(tokens: TokenBatch, config: AlgorithmConfig, totals: Totals) -> ObjectiveResult:
@@ -97,31 +97,45 @@ def policy_objective(tokens: TokenBatch, config: AlgorithmConfig, totals: Totals
         kl = (kl_tokens * weights).sum()
         loss = loss + config.kl.loss_coef * kl
 
-    with torch.no_grad():
-        ratio = log_ratios.exp()
-        gap = old - rollout
-        gap_weights = torch.where(valid, gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
-        high = per_token.clipped_high & valid
-        terms = {
-            "loss": loss,
-            "policy_loss": policy,
-            "kl_loss": kl,
-            "tokens": valid,
-            "packs_without_tokens": ~valid.any(),
-            "entropy": entropy,
-            "approx_kl": -log_ratios,
-            "clip_high": high,
-            "clip_low": per_token.clipped_low & valid,
-            "clip_dual": per_token.clipped_dual & valid,
-            "clipped_probability": torch.where(high, logprobs.exp(), 0.0),
-            "gap_mean": gap.abs(),
-            "gap_weight": gap_weights,
-            "gap_weight_square": gap_weights.square(),
-            "correction": torch.where(valid, corrections, 0.0),
-        }
-        sums = {name: value.to(logprobs.dtype).sum() for name, value in terms.items()}
-        sums["max_ratio_error"] = torch.cat([(ratio - 1).abs(), ratio.new_zeros(1)]).max()
-    return ObjectiveResult(loss, sums)
+    sums = {"loss": loss, "policy_loss": policy, "kl_loss": kl}
+    sums |= _token_sums(valid, per_token, logprobs, log_ratios, entropy, old, rollout, corrections)
+    # bfloat16 cannot count beyond 256.
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    return ObjectiveResult(loss, {name: value.detach().to(dtype) for name, value in sums.items()})
+
+
+@torch.no_grad()
+def _token_sums(
+    valid: Tensor,
+    token_loss: TokenLoss,
+    logprobs: Tensor,
+    log_ratios: Tensor,
+    entropy: Tensor,
+    old: Tensor,
+    rollout: Tensor,
+    corrections: Tensor,
+) -> dict[str, Tensor]:
+    """What `reduce_metrics` needs of the tokens. At tokens that are not valid everything given is 0, but the weights
+    `corrections`; so no bound holds them."""
+    gap = old - rollout
+    gap_weights = torch.where(valid, gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
+    ratio_errors = (log_ratios.exp() - 1).abs()
+    return {
+        "tokens": valid.sum(),
+        "packs_without_tokens": ~valid.any(),
+        "entropy": entropy.sum(),
+        "approx_kl": -log_ratios.sum(),
+        "clip_high": token_loss.clipped_high.sum(),
+        "clip_low": token_loss.clipped_low.sum(),
+        "clip_dual": token_loss.clipped_dual.sum(),
+        "clipped_probability": torch.where(token_loss.clipped_high, logprobs.exp(), 0.0).sum(),
+        "gap_mean": gap.abs().sum(),
+        "gap_weight": gap_weights.sum(),
+        "gap_weight_square": gap_weights.square().sum(),
+        "gap_histogram": gap_histogram(old, rollout, valid),
+        "correction": torch.where(valid, corrections, 0.0).sum(),
+        "max_ratio_error": torch.cat([ratio_errors, ratio_errors.new_zeros(1)]).max(),
+    }
 
 
 def merge_sums(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -140,19 +154,21 @@ def reduce_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The merged sums of one update (all packs, all ranks) as numbers to log.
 
     Returns:
-        ``loss``, ``policy_loss``, ``kl_loss`` as they are. Per trained token: ``entropy`` (nats), ``approx_kl`` (mean
-        of log pi_old - log pi, nats), shares ``clip_high``, ``clip_low``, ``clip_dual``, ``gap_mean`` (engine against
-        trainer, |nats|), ``correction`` (mean importance weight). ``clipped_probability``: mean current probability of
-        the tokens clipped from above, 0 if there are none. ``gap_ess``: effective sample share. ``max_ratio_error``:
-        largest |ratio - 1|, exactly 0 in the first update. ``tokens``; ``empty_update``: 1 where nothing was trained.
+        ``loss``, ``policy_loss``, ``kl_loss`` as they are; ``tokens`` trained on. Per trained token: ``entropy`` (nats),
+        ``approx_kl`` (mean of log pi_old - log pi, nats), shares ``clip_high``, ``clip_low``, ``clip_dual``,
+        ``correction`` (mean importance weight). Engine against trainer: ``gap_mean`` and ``gap_p99`` of |difference|
+        (nats), ``gap_ess`` (effective sample share). ``clipped_probability``: mean current probability of the tokens
+        clipped from above, 0 if there are none. ``max_ratio_error``: largest |ratio - 1|, exactly 0 in the first
+        update. ``packs_without_tokens``; ``empty_update``: 1 where nothing at all was trained.
     """
-    s = {name: float(value) for name, value in sums.items()}
+    s = {name: float(value) for name, value in sums.items() if name != "gap_histogram"}
     tokens = max(s["tokens"], 1.0)
     per_token = ("entropy", "approx_kl", "clip_high", "clip_low", "clip_dual", "gap_mean", "correction")
     return {
         **{name: s[name] for name in ("loss", "policy_loss", "kl_loss", "tokens", "max_ratio_error")},
         **{name: s[name] / tokens for name in per_token},
         "clipped_probability": s["clipped_probability"] / max(s["clip_high"], 1.0),
+        "gap_p99": histogram_quantile(sums["gap_histogram"], 0.99),
         "gap_ess": effective_sample_share(s["gap_weight"], s["gap_weight_square"], s["tokens"]),
         "packs_without_tokens": s["packs_without_tokens"],
         "empty_update": float(s["tokens"] == 0),

@@ -176,7 +176,7 @@ def test_total_loss_with_entropy_and_kl_agrees(case: Case) -> None:
     (result.loss * given["dp_size"]).backward()
     if case.expected is None:
         return
-    sums = {name: value.item() * given["dp_size"] for name, value in result.sums.items()}
+    sums = {name: result.sums[name].item() * given["dp_size"] for name in ("loss", "policy_loss", "kl_loss")}
     weights = token_weights(config.aggregation, tokens.sequence_ids, tokens.trained, totals, entropy.dtype)
     metrics = {f"actor/{name}": value for name, value in metrics_of(result).items()}
     metrics["actor/pg_loss"] = sums["policy_loss"]
