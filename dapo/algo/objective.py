@@ -154,12 +154,12 @@ def reduce_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The merged sums of one update (all packs, all ranks) as numbers to log.
 
     Returns:
-        ``loss``, ``policy_loss``, ``kl_loss`` as they are; ``tokens`` trained on. Per trained token: ``entropy`` (nats),
-        ``approx_kl`` (mean of log pi_old - log pi, nats), shares ``clip_high``, ``clip_low``, ``clip_dual``,
-        ``correction`` (mean importance weight). Engine against trainer: ``gap_mean`` and ``gap_p99`` of |difference|
-        (nats), ``gap_ess`` (effective sample share). ``clipped_probability``: mean current probability of the tokens
-        clipped from above, 0 if there are none. ``max_ratio_error``: largest |ratio - 1|, exactly 0 in the first
-        update. ``packs_without_tokens``; ``empty_update``: 1 where nothing at all was trained.
+        ``loss``, ``policy_loss``, ``kl_loss`` as they are; ``tokens`` trained on.
+        Per trained token: ``entropy`` (nats), ``approx_kl`` (mean of log pi_old - log pi, nats), shares ``clip_high``,
+        ``clip_low``, ``clip_dual``, ``correction`` (mean importance weight). Engine against trainer: ``gap_mean`` and
+        ``gap_p99`` of |difference| (nats), ``gap_ess`` (effective sample share). ``clipped_probability``: mean current
+        probability of the tokens clipped from above, 0 if there are none. ``max_ratio_error``: largest |ratio - 1|,
+        exactly 0 in the first update. ``packs_without_tokens``; ``empty_update``: 1 where nothing at all was trained.
     """
     s = {name: float(value) for name, value in sums.items() if name != "gap_histogram"}
     tokens = max(s["tokens"], 1.0)
