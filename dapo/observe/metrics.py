@@ -118,14 +118,12 @@ def speed_metrics(groups: Sequence[RolloutGroup], seconds: Mapping[str, float], 
     """
     written = sum(r.length for g in groups for r in g.rollouts)
     tokens = written + sum(len(g.prompt.token_ids) * len(g.rollouts) for g in groups)
-    phases = {name: s for name, s in seconds.items() if name != "step"}
-    return {
-        "time/tokens_per_device_s": tokens / (seconds["step"] * devices),
-        **{
-            f"time/ms_per_token/{name}": 1000 * s / max(written if name == "generate" else tokens, 1)
-            for name, s in phases.items()
-        },
-    }
+    metrics = {"time/tokens_per_device_s": tokens / (seconds["step"] * devices)}
+    for name, spent in seconds.items():
+        per = written if name == "generate" else tokens
+        if name != "step":
+            metrics[f"time/ms_per_token/{name}"] = 1000 * spent / per if per else 0.0
+    return metrics
 
 
 def describe(values: Sequence[float]) -> dict[str, float]:
