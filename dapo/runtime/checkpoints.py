@@ -99,11 +99,17 @@ def controller_state(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / CONTROLLER).read_text()))
 
 
-def prune(folder: RunFolder, keep: int, best: int | None) -> None:
+def best(folder: RunFolder) -> Path | None:
+    """The checkpoint with the highest held-out accuracy; the earliest of equals; None where none was validated."""
+    accuracy = {p: metrics_of(p).get("val/accuracy") for p in sorted(folder.checkpoints.glob("step-*"))}
+    measured = {p: value for p, value in accuracy.items() if value is not None}
+    return max(measured, key=measured.__getitem__, default=None)
+
+
+def prune(folder: RunFolder, keep: int, best: Path | None) -> None:
     """Remove all but the `keep` newest checkpoints and the best one."""
-    kept = sorted(folder.checkpoints.glob("step-*"), reverse=True)
-    for path in kept[keep:]:
-        if step_of(path) != best:
+    for path in sorted(folder.checkpoints.glob("step-*"), reverse=True)[keep:]:
+        if path != best:
             shutil.rmtree(path)
 
 

@@ -17,24 +17,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from dapo.algo.batch import build_train_batch, judged, subtract_kl
 from dapo.algo.groups import GroupBuffer
 from dapo.algo.health import Health
 from dapo.algo.kl import KlController
-from dapo.algo.packing import plan_packs
+from dapo.algo.packing import CostModel, plan_packs
 from dapo.config.run import RunConfig
 from dapo.data.loader import PromptLoader
 from dapo.errors import EngineError, RewardError, RunStopped, StarvationError
 from dapo.eval.validate import summarise, table_rows
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
-from dapo.observe.metrics import step_metrics
-from dapo.rewards.pool import RewardPool
+from dapo.observe.metrics import speed_metrics, step_metrics
 from dapo.runtime import checkpoints
 from dapo.train.policy import Policy, UpdateResult
-from dapo.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+from dapo.types import Completion, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ class GenerationDoor(Protocol):
     def restart(self) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
+
+
+class RewardDoor(Protocol):
+    """`dapo.rewards.pool.RewardPool`, or anything that judges (response, answer) pairs in order."""
+
+    def score(self, items: Sequence[tuple[str, str]]) -> Sequence[Outcome]: ...
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,8 @@ class Counters:
     responses: int = 0
     """Responses generated for training so far, whether they were trained on or not."""
     starved_steps: int = 0
-    best_step: int = 0
     best_accuracy: float = -1.0
+    """Of all validations."""
 
 
 class Controller:
@@ -82,12 +88,13 @@ class Controller:
         journal: Journal,
         policy: Policy,
         engine: GenerationDoor,
-        rewards: RewardPool,
+        rewards: RewardDoor,
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
         text: Text,
+        cost: CostModel | None = None,
     ) -> None:
-        self.config, self.folder, self.journal = config, folder, journal
+        self.config, self.folder, self.journal, self.cost = config, folder, journal, cost
         self.policy, self.engine, self.rewards = policy, engine, rewards
         self.prompts, self.held_out, self.text = prompts, held_out, text
         self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
@@ -99,6 +106,7 @@ class Controller:
         self.at = Counters()
         self.seconds: dict[str, float] = defaultdict(float)
         self._recent: list[float] = []
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +147,12 @@ class Controller:
             policy_version=at.policy_version,
         )
         batch = build(groups)
-        plan = plan_packs(batch, ranks=self.config.data_parallel, tokens_per_pack=self.config.batch.tokens_per_pack)
+        plan = plan_packs(
+            batch,
+            ranks=self.config.data_parallel,
+            tokens_per_pack=self.config.batch.tokens_per_pack,
+            cost=self.cost,
+        )
         self.engine.sleep()
         with self.phase("logprobs"):
             old = self.policy.old_logprobs(batch, plan)
@@ -147,7 +160,9 @@ class Controller:
             if self.config.algorithm.kl.needs_reference:
                 reference = self.policy.reference_logprobs(batch, plan)
                 if self.config.algorithm.kl.reward_coef:
-                    groups, kl = subtract_kl(groups, old, reference, self.kl.coef, self.config.algorithm.kl.kind)
+                    groups, kl = subtract_kl(
+                        groups, old.values, reference.values, self.kl.coef, self.config.algorithm.kl.kind
+                    )
                     batch = build(groups)
         updates: list[UpdateResult] = []
         for index in range(len(batch.updates)):
@@ -158,7 +173,9 @@ class Controller:
         at.policy_version += 1
         sync = self.sync()
         metrics = step_metrics(groups, [u.metrics for u in updates], self.buffer.report(), at.responses)
-        self.finish_step(metrics | sync | self.kl.metrics(), time.perf_counter() - started)
+        seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
+        speed = speed_metrics(groups, seconds, self.config.model.parallel.world_size)
+        self.finish_step(metrics | sync | speed | {"train/kl_coef": self.kl.coef}, seconds)
 
     def collect_groups(self) -> list[RolloutGroup]:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""
@@ -228,32 +245,30 @@ class Controller:
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
         relative = str(table.relative_to(self.folder.root))
         best = metrics["val/accuracy"] > self.at.best_accuracy
-        if best:
-            self.at.best_accuracy, self.at.best_step = metrics["val/accuracy"], self.at.step
+        self.at.best_accuracy = max(metrics["val/accuracy"], self.at.best_accuracy)
         self.journal.append("validation", self.at.step, metrics=metrics, table=relative, best=best)
         self._validated = (self.at.step, metrics)
 
     def checkpoint(self) -> None:
         """Save everything a resumed run needs, and the weights as a Hugging Face folder."""
         started = time.perf_counter()
-        at_step, metrics = getattr(self, "_validated", (-1, {}))
+        metrics = self._validated[1] if self._validated[0] == self.at.step else {}
 
-        def fill(path: Any) -> None:
+        def fill(path: Path) -> None:
             (path / "state").mkdir()
             self.policy.save(path / "state")
             self.policy.export(path / "hf")
 
         with self.phase("checkpoint"):
-            path = checkpoints.write(
-                self.folder, self.at.step, self.state_dict(), metrics if at_step == self.at.step else {}, fill
-            )
-        checkpoints.prune(self.folder, self.config.train.keep_checkpoints, self.at.best_step)
+            path = checkpoints.write(self.folder, self.at.step, self.state_dict(), metrics, fill)
+        best = checkpoints.best(self.folder)
+        checkpoints.prune(self.folder, self.config.train.keep_checkpoints, best)
         self.journal.append(
             "checkpoint",
             self.at.step,
             path=str(path.relative_to(self.folder.root)),
-            metrics=metrics if at_step == self.at.step else {},
-            best=self.at.best_step == self.at.step,
+            metrics=metrics,
+            best=path == best,
             seconds=time.perf_counter() - started,
         )
 
@@ -284,10 +299,10 @@ class Controller:
         self.health.load_state_dict(state["health"])
         self.kl.load_state_dict(state["kl"])
 
-    def finish_step(self, metrics: dict[str, float], seconds: float) -> None:
-        self._recent = [*self._recent[-9:], seconds]
+    def finish_step(self, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        self._recent = [*self._recent[-9:], seconds["step"]]
         left = (self.config.train.steps - self.at.step) * sum(self._recent) / len(self._recent)
-        timed = {f"time/{name}": value for name, value in self.seconds.items()} | {"time/step": seconds}
+        timed = {f"time/{name}": value for name, value in seconds.items()}
         self.journal.append("step", self.at.step, metrics=metrics | timed, seconds_left=left)
         for alarm in self.health.observe(self.at.step, metrics):
             self.journal.append("alarm", self.at.step, name=alarm.name, message=alarm.message)

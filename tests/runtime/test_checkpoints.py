@@ -63,8 +63,8 @@ def test_a_crash_while_writing_leaves_no_checkpoint(tmp_path):
 def test_keeps_the_newest_and_the_best(tmp_path):
     folder = RunFolder(tmp_path)
     for step in range(1, 7):
-        save(folder, step)
-    checkpoints.prune(folder, keep=2, best=3)
+        save(folder, step, **{"val/accuracy": 0.5 + 0.1 * (step == 3)})
+    checkpoints.prune(folder, keep=2, best=checkpoints.best(folder))
     assert [checkpoints.step_of(p) for p in sorted(folder.checkpoints.glob("step-*"))] == [3, 5, 6]
 
 

@@ -1,0 +1,99 @@
+"""Small deterministic stand-ins behind the controller's doors: a bandit that learns, and an engine that can fail.
+
+The policy knows one number, its skill: the probability of a right answer, which every update raises. The engine answers
+"right" or "wrong" by a hash of (seed, prompt, sample), so that the same seeds give the same responses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from dapo.errors import EngineError
+from dapo.runtime.controller import Text
+from dapo.train.policy import LogProbs, UpdateResult
+from dapo.types import Completion, FinishReason, Prompt, Scored, TimedOut
+
+STOP, RIGHT, WRONG = 0, 1, 2
+
+
+def prompts(count: int, split: str = "train") -> list[Prompt]:
+    return [Prompt(f"{split}/{i}", (5, 6, 7), (), (), "right", f"question {i}") for i in range(count)]
+
+
+def text() -> Text:
+    return Text((STOP,), (), lambda many: ["right" if RIGHT in ids else "wrong" for ids in many])
+
+
+class Bandit:
+    """`Policy` with one weight; remembers what it was asked to train on."""
+
+    def __init__(self, skill: float = 0.5, gain: float = 0.02) -> None:
+        self.skill, self.gain = skill, gain
+        self.engine: ScriptedEngine | None = None
+        self.trained: list[list[str]] = []
+
+    def old_logprobs(self, batch, plan):
+        assert len(plan.updates) == len(batch.updates)
+        return LogProbs(tuple(tuple((-0.5,) * len(s.response_ids) for s in g.sequences) for g in batch.groups))
+
+    def reference_logprobs(self, batch, plan):
+        return LogProbs(tuple(tuple((-0.75,) * len(s.response_ids) for s in g.sequences) for g in batch.groups))
+
+    def update(self, batch, plan, index):
+        self.trained.append([batch.groups[g].prompt.id for g in batch.updates[index]])
+        self.skill = min(self.skill + self.gain, 0.95)
+        tokens = sum(len(s.response_ids) for g in batch.updates[index] for s in batch.groups[g].sequences)
+        return UpdateResult({"loss": 0.0, "entropy": 1.0, "tokens": float(tokens), "grad_norm": 1.0})
+
+    def sync(self, version):
+        self.engine.skill, self.engine.version = self.skill, version
+        return {"time/sync_copy": 0.0}
+
+    def save(self, folder: Path):
+        (folder / "skill.json").write_text(json.dumps(self.skill))
+
+    def load(self, folder: Path):
+        self.skill = json.loads((folder / "skill.json").read_text())
+
+    def export(self, folder: Path):
+        folder.mkdir()
+        (folder / "model.txt").write_text(str(self.skill))
+
+
+class ScriptedEngine:
+    """Answers by hash; `fail_at` are the calls of `generate` that die."""
+
+    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
+        self.skill, self.version, self.calls, self.restarts = 0.0, -1, 0, 0
+        self.fail_at = fail_at
+
+    def generate(self, prompts, params):
+        self.calls += 1
+        if self.calls in self.fail_at:
+            raise EngineError("the engine process died")
+        return [[self._answer(p, i, params) for i in range(params.n)] for p in prompts]
+
+    def _answer(self, prompt, sample, params):
+        digest = hashlib.sha256(f"{params.seed}/{prompt.id}/{sample}".encode()).digest()
+        right = int.from_bytes(digest[:4], "big") / 2**32 < self.skill
+        ids = (RIGHT if right else WRONG, STOP)
+        return Completion(ids, (-0.5,) * len(ids), FinishReason.STOP, self.version)
+
+    def restart(self):
+        self.restarts += 1
+
+    def sleep(self): ...
+
+    def wake(self): ...
+
+
+class Judge:
+    """Rewards door: compares text; `broken` lets every check fail."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
+
+    def score(self, items):
+        return [TimedOut(5.0) if self.broken else Scored(response == answer, 1.0) for response, answer in items]

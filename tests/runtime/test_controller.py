@@ -1,0 +1,177 @@
+"""The run as a whole, on small deterministic doors: order, exactly-once, resuming, stopping, failing."""
+
+import pytest
+
+from dapo.config import io
+from dapo.errors import EngineError, RewardError
+from dapo.observe.journal import Journal, read
+from dapo.observe.layout import RunFolder
+from dapo.runtime.controller import Controller
+from tests.runtime.fakes import Bandit, Judge, ScriptedEngine, prompts, text
+
+
+def make(tmp_path, *, skill=0.5, engine=None, judge=None, questions=40, **tree):
+    train = {"steps": 4, "test_freq": 2, "save_freq": 2, **tree.pop("train", {})}
+    batch = {"prompts_per_step": 4, "prompts_per_update": 2, "group_size": 4, "max_response_tokens": 8}
+    base = {"run_root": str(tmp_path), "train": train, "batch": batch, "data": {"max_prompt_tokens": 16}}
+    config = io.validate(base | tree)
+    folder = RunFolder.of(config)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    policy, engine = Bandit(skill), engine or ScriptedEngine()
+    policy.engine = engine
+    controller = Controller(
+        config,
+        folder,
+        Journal(folder.journal),
+        policy,
+        engine,
+        judge or Judge(),
+        prompts(questions),
+        prompts(20, "test"),
+        text(),
+    )
+    return controller, policy, folder
+
+
+def kinds(folder):
+    return [(e.kind, e.step) for e in read(folder.journal) if e.kind in ("step", "validation", "checkpoint", "ended")]
+
+
+def test_a_run_validates_trains_saves_and_ends_in_order(tmp_path):
+    controller, policy, folder = make(tmp_path)
+    assert controller.run() == "finished"
+    assert kinds(folder) == [
+        ("validation", 0), ("step", 1), ("step", 2), ("validation", 2), ("checkpoint", 2),
+        ("step", 3), ("step", 4), ("validation", 4), ("checkpoint", 4), ("ended", 4),
+    ]  # fmt: skip
+    assert len(policy.trained) == 8  # 4 steps of 4 / 2 updates
+    assert all(len(update) == 2 for update in policy.trained)
+    metrics = next(e for e in read(folder.journal) if e.kind == "step").data["metrics"]
+    assert metrics["groups/trained"] == 4
+    assert 0 < metrics["reward/accuracy"] < 1
+    assert (folder.checkpoint(4) / "hf" / "model.txt").exists()
+
+
+def test_only_groups_with_right_and_wrong_answers_are_trained_on(tmp_path):
+    controller, _, _ = make(tmp_path, skill=0.8)
+    seen = []
+    take = controller.buffer.take
+    controller.buffer.take = lambda: seen.extend(found := take()) or found
+    controller.run()
+    assert len(seen) == 16
+    assert all(0 < group.num_correct < 4 for group in seen)
+
+
+def test_a_killed_run_continues_to_the_same_end(tmp_path):
+    straight, straight_policy, straight_folder = make(tmp_path / "straight")
+    straight.run()
+    killed, _, folder = make(tmp_path / "killed")
+    step = killed.step
+
+    def die_in_step_four():
+        if killed.at.step == 3:
+            raise KeyboardInterrupt
+        step()
+
+    killed.step = die_in_step_four
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    again, policy, _ = make(tmp_path / "killed")
+    assert again.run() == "finished"
+    assert kinds(folder) == kinds(straight_folder)
+    assert policy.skill == straight_policy.skill
+    # Steps 3 and 4 are redone from checkpoint 2 with the very prompts that an uninterrupted run trains on.
+    assert policy.trained == straight_policy.trained[4:]
+
+    def learned(where):
+        names = ("reward/mean", "groups/kept", "groups/generated", "response/length_mean")
+        return [[e.data["metrics"][n] for n in names] for e in read(where.journal) if e.kind == "step"]
+
+    assert learned(folder) == learned(straight_folder)
+
+
+def test_a_finished_run_started_again_does_nothing_twice(tmp_path):
+    make(tmp_path)[0].run()
+    controller, policy, folder = make(tmp_path)
+    before = kinds(folder)
+    assert controller.run() == "finished"
+    assert policy.trained == []
+    assert kinds(folder)[: len(before)] == before
+
+
+def test_a_stop_request_saves_a_checkpoint_first_and_the_run_goes_on_later(tmp_path):
+    controller, _, folder = make(tmp_path, train={"save_freq": 0})
+    step = controller.step
+
+    def ask_after_three():
+        step()
+        if controller.at.step == 3:
+            folder.stop_request.write_text("cancelled by a test")
+
+    controller.step = ask_after_three
+    assert controller.run() == "stopped"
+    assert kinds(folder)[-2:] == [("checkpoint", 3), ("ended", 3)]
+    folder.stop_request.unlink()
+    again, policy, _ = make(tmp_path, train={"save_freq": 0})
+    assert again.run() == "finished"
+    assert len(policy.trained) == 2
+
+
+def test_an_engine_that_dies_is_restarted_and_the_round_redone(tmp_path):
+    healthy, healthy_policy, _ = make(tmp_path / "a")
+    healthy.run()
+    controller, policy, folder = make(tmp_path / "b", engine=ScriptedEngine(fail_at=(3,)))
+    assert controller.run() == "finished"
+    assert controller.engine.restarts == 1
+    assert policy.trained == healthy_policy.trained
+    alarms = [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"]
+    assert alarms == ["engine_restarted"]
+
+
+def test_an_engine_that_keeps_dying_ends_the_run(tmp_path):
+    controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=tuple(range(2, 20))))
+    with pytest.raises(EngineError, match="died"):
+        controller.run()
+    assert controller.engine.restarts == controller.config.rollout.restarts
+
+
+def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path):
+    controller, policy, _ = make(tmp_path, judge=Judge(broken=True), validation={"before_training": False})
+    with pytest.raises(RewardError, match="dapo reward test"):
+        controller.run()
+    assert policy.trained == []
+
+
+def test_starvation_stops_with_the_reasons_and_a_checkpoint(tmp_path):
+    controller, policy, folder = make(tmp_path, questions=4000, train={"save_freq": 1})
+    step = controller.step
+
+    def too_easy_after_two():
+        if controller.at.step == 2:
+            policy.skill = controller.engine.skill = 1.0
+        step()
+
+    controller.step = too_easy_after_two
+    assert controller.run() == "stopped"
+    ended = list(read(folder.journal))[-1]
+    assert ended.data["status"] == "stopped"
+    assert "all right" in ended.data["reason"]
+    assert folder.checkpoint(2).exists()
+    assert "starvation" in [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"]
+
+
+def test_data_that_runs_out_ends_the_run_early(tmp_path):
+    controller, _, folder = make(tmp_path, questions=12, train={"steps": 50, "epochs": 1})
+    assert controller.run() == "finished"
+    assert 1 <= controller.at.step < 50
+    assert folder.checkpoint(controller.at.step).exists()
+
+
+def test_kl_in_reward_lowers_rewards_before_the_advantage(tmp_path):
+    controller, _, folder = make(tmp_path / "kl", algorithm={"kl": {"reward_coef": 0.1, "kind": "k1"}})
+    controller.run()
+    plain, _, plain_folder = make(tmp_path / "plain")
+    plain.run()
+    first = [next(e for e in read(f.journal) if e.kind == "step").data["metrics"] for f in (folder, plain_folder)]
+    # Two tokens per response, each 0.25 nats above the reference.
+    assert first[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"] - 0.1 * 2 * 0.25)
