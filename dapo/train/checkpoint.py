@@ -1,0 +1,103 @@
+"""Sharded training state through torch.distributed.checkpoint: written by all ranks, read by any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from dapo.errors import CheckpointError
+from dapo.train.parallel import Layout
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int, layout: Layout) -> None:
+    """Weights, moments, update count and this rank's RNG.
+
+    Raises:
+        CheckpointError: the folder cannot be written (for example a full disk); it is then not a checkpoint.
+    """
+    state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(layout)
+    try:
+        dcp.save(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
+    except Exception as error:
+        raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: Layout) -> int:
+    """Read it all into place; returns the update count.
+
+    A rank that did not exist when the state was written keeps its own RNG.
+
+    Raises:
+        CheckpointError: not a checkpoint, of another model, or damaged.
+    """
+    try:
+        metadata = dcp.FileSystemReader(str(folder)).read_metadata()
+    except Exception as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {_first_cause(error)}") from error
+    found = metadata.state_dict_metadata
+    for parameter in _parameters(model).values():
+        if parameter.requires_grad and not optimizer.state[parameter]:
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            optimizer.state[parameter]["step"] = torch.zeros(())
+    updates = torch.tensor(0)
+    state = _state(model, optimizer) | {"updates": updates}
+    state |= {name: tensor for name, tensor in _rng_state(layout).items() if name in found}
+    for name, tensor in state.items():
+        size = tuple(getattr(found.get(name), "size", ()))
+        if name not in found or size != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder} does not hold this model's state: {name} is "
+                + (f"{list(size)} there and {list(tensor.shape)} here" if name in found else "missing")
+            )
+    try:
+        dcp.load(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
+    except Exception as error:
+        raise CheckpointError(f"{folder} is damaged: {_first_cause(error)}") from error
+    _restore_rng(state, layout)
+    return int(updates)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    """Flat names to the live tensors."""
+    state: dict[str, Any] = {}
+    for name, parameter in _parameters(model).items():
+        state[f"weights/{name}"] = parameter.detach()
+        for part, tensor in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer/{name}/{part}"] = tensor
+    return state
+
+
+def _rng_state(layout: Layout) -> dict[str, Tensor]:
+    state = {f"rng/cpu/{layout.rank}": torch.get_rng_state()}
+    if layout.device.type != "cpu":
+        state[f"rng/device/{layout.rank}"] = getattr(torch, layout.device.type).get_rng_state(layout.device)
+    return state
+
+
+def _restore_rng(state: dict[str, Any], layout: Layout) -> None:
+    if (cpu := state.get(f"rng/cpu/{layout.rank}")) is not None:
+        torch.set_rng_state(cpu)
+    if (own := state.get(f"rng/device/{layout.rank}")) is not None:
+        getattr(torch, layout.device.type).set_rng_state(own, layout.device)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The reason inside the wrappers of the checkpoint library, as one line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (inner, _) = next(iter(failures.items()))
+        return f"rank {rank}: {type(inner).__name__}: {inner}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

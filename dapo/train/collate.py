@@ -1,0 +1,170 @@
+"""From records to tensors: one pack of the plan as the network's inputs and the objective's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dapo.model.layout import PackLayout
+from dapo.model.network import Network, PackInputs
+from dapo.model.rope import image_token_index, mrope_positions
+from dapo.model.vision import blank_image, vision_inputs
+from dapo.types import Pack, Prompt, TrainBatch
+
+
+class Processor(Protocol):
+    """What the trainer needs of `dapo.data.processor.PromptProcessor`."""
+
+    @property
+    def image_token_id(self) -> int | None: ...
+    @property
+    def merge_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]: ...
+    def vision_inputs(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PackTargets:
+    """What the objective needs beside log-probabilities; T tokens of S sequences, flat, on the device."""
+
+    advantages: Tensor
+    """[T]"""
+    rollout_logprobs: Tensor
+    """[T] by the engine while sampling."""
+    sequence_ids: Tensor
+    """[T] 0 .. S - 1"""
+    trained: Tensor
+    """[S] bool"""
+    sequences: tuple[tuple[int, int], ...]
+    """(group, sequence) of the batch for each of the S."""
+    lengths: tuple[int, ...]
+    """[S] tokens"""
+
+
+class Collator:
+    """Makes tensors of packs. Positions of a prompt are computed once per batch."""
+
+    def __init__(self, processor: Processor, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+        self.processor, self.network, self.device, self.dtype = processor, network, device, dtype
+        self.always_see = False
+        """Sharded ranks run the vision tower on every pack, with a blank image if need be: gathering its weights
+        needs all of them, and a tower that only some ranks run would hang or crash the others."""
+        self._positions: dict[int, Tensor] = {}
+        self._batch: TrainBatch | None = None
+
+    def __call__(self, batch: TrainBatch, pack: Pack) -> tuple[PackInputs, PackTargets]:
+        """One pack; without segments it is a filler: one token that nothing is trained on."""
+        if batch is not self._batch:
+            self._batch, self._positions = batch, {}
+        if not pack.segments:
+            return self._filler()
+        prompts = [batch.groups[s.group].prompt for s in pack.segments]
+        positions = [self._prompt_positions(s.group, p) for s, p in zip(pack.segments, prompts, strict=True)]
+        token_ids = [token for p in prompts for token in p.token_ids]
+        sources: list[int] = []
+        targets: list[int] = []
+        advantages: list[float] = []
+        rollout: list[float] = []
+        trained: list[bool] = []
+        sequences: list[tuple[int, int]] = []
+        lengths: list[int] = []
+        inputs: list[tuple[int, ...]] = []
+        prompt_end, at = 0, len(token_ids)
+        for segment, prompt, where in zip(pack.segments, prompts, list(positions), strict=True):
+            prompt_end += len(prompt.token_ids)
+            start, inside = int(where.max()) + 1, []
+            for index in segment.sequences:
+                sequence = batch.groups[segment.group].sequences[index]
+                ids, n = sequence.response_ids, len(sequence.response_ids)
+                assert n, f"prompt {prompt.id}, response {index} has no tokens: no engine may return that"
+                token_ids.extend(ids[:-1])
+                sources.append(prompt_end - 1)
+                sources.extend(range(at, at + n - 1))
+                at += n - 1
+                targets.extend(ids)
+                rollout.extend(sequence.rollout_logprobs)
+                advantages.append(sequence.advantage)
+                trained.append(sequence.trained)
+                sequences.append((segment.group, index))
+                lengths.append(n)
+                inside.append(n - 1)
+                positions.append(torch.arange(start, start + n - 1).expand(3, -1))
+            inputs.append(tuple(inside))
+        lengths_S = torch.tensor(lengths)
+        sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths_S)
+        vision, image_index = self._vision(prompts)
+        layout = PackLayout(tuple(len(p.token_ids) for p in prompts), tuple(inputs))
+        here = self.device
+        return (
+            PackInputs(
+                torch.tensor(token_ids).to(here),
+                torch.cat(positions, dim=1).to(here),
+                layout,
+                torch.tensor(sources).to(here),
+                torch.tensor(targets).to(here),
+                vision,
+                image_index.to(here),
+            ),
+            PackTargets(
+                torch.tensor(advantages, dtype=self.dtype)[sequence_ids].to(here),
+                torch.tensor(rollout, dtype=self.dtype).to(here),
+                sequence_ids.to(here),
+                torch.tensor(trained).to(here),
+                tuple(sequences),
+                tuple(lengths),
+            ),
+        )
+
+    def _prompt_positions(self, group: int, prompt: Prompt) -> Tensor:
+        if group not in self._positions:
+            self._positions[group] = mrope_positions(
+                prompt.token_ids,
+                prompt.image_grids,
+                image_token_id=self.processor.image_token_id,
+                merge_size=self.processor.merge_size,
+            )
+        return self._positions[group]
+
+    def _vision(self, prompts: Sequence[Prompt]) -> tuple[Any, Tensor]:
+        """Images of the prompts and where their features go."""
+        seen = [p for p in prompts if p.image_grids]
+        if not seen:
+            return self._blank(), torch.empty(0, dtype=torch.long)
+        assert self.processor.image_token_id is not None, "a prompt has images but the model has no image token"
+        pixels, _ = self.processor.vision_inputs(seen)
+        places, start = [], 0
+        for prompt in prompts:
+            places.append(
+                start
+                + image_token_index(
+                    prompt.token_ids,
+                    prompt.image_grids,
+                    image_token_id=self.processor.image_token_id,
+                    merge_size=self.processor.merge_size,
+                )
+            )
+            start += len(prompt.token_ids)
+        grids = tuple(grid for p in seen for grid in p.image_grids)
+        return vision_inputs(pixels, grids, self.network.visual, self.device), torch.cat(places)
+
+    def _blank(self) -> Any:
+        needed = self.always_see and self.network.visual is not None
+        return blank_image(self.network.visual, self.device) if needed else None
+
+    def _filler(self) -> tuple[PackInputs, PackTargets]:
+        banned = set(self.processor.banned_token_ids)
+        allowed = next(i for i in range(self.processor.vocab_size) if i not in banned)
+        one, zero = torch.tensor([allowed], device=self.device), torch.zeros(1, dtype=self.dtype, device=self.device)
+        first = torch.zeros(1, dtype=torch.long, device=self.device)
+        positions, nowhere = first.expand(3, -1), first[:0]
+        return (
+            PackInputs(one, positions, PackLayout((1,), ((0,),)), first, one, self._blank(), nowhere),
+            PackTargets(zero, zero, first, torch.zeros(1, dtype=torch.bool, device=self.device), (), ()),
+        )

@@ -1,0 +1,159 @@
+"""A Hugging Face folder out of the trained shards: hub layout, read back and compared before it counts as done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dapo.errors import CheckpointError
+from dapo.model.layout import PackLayout
+from dapo.model.load import EXPERT_SUFFIXES, WeightFiles
+from dapo.model.network import Network, PackInputs
+from dapo.model.vision import blank_image
+from dapo.train import weights
+from dapo.train.parallel import Layout
+
+log = logging.getLogger(__name__)
+
+FILE_BYTES = 4 * 2**30
+_COMPARE_BELOW_BYTES = 4 * 2**30
+"""Larger models are compared tensor by tensor only: plain transformers would need all of it in one process."""
+_PROBE_TOKENS = 24
+
+
+def export(folder: Path, source: Path, network: Network, dtype: torch.dtype, layout: Layout) -> None:
+    """Write weights (in the compute dtype), config, tokenizer and processor files; collective, rank 0 writes.
+
+    Args:
+        source: the folder the model was loaded from; everything but its weights is copied.
+
+    Raises:
+        CheckpointError: what was written does not read back as what is trained.
+    """
+    writer = _Writer(folder) if layout.rank == 0 else None
+    if writer is not None:
+        _copy_companions(source, folder, dtype)
+    for name, tensor in weights.whole_tensors(network.model, dtype):
+        if writer is not None:
+            writer.add(name, tensor)
+    if writer is not None:
+        writer.close()
+    trained = weights.fingerprint(network.model, dtype, layout)
+    probe = _probe(network, layout)
+    if layout.rank == 0:
+        _compare_tensors(folder, network, trained)
+        if sum(p.numel() for p in network.parameters()) * dtype.itemsize < _COMPARE_BELOW_BYTES:
+            _compare_logits(folder, network, dtype, *probe)
+    layout.barrier()
+
+
+class _Writer:
+    """Fills safetensors files up to a size, then writes the index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._waiting: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name.endswith(EXPERT_SUFFIXES):
+            tensor = tensor.transpose(1, 2)
+        if self._bytes + tensor.nbytes > FILE_BYTES and self._waiting:
+            self._flush()
+        self._waiting[name] = tensor.cpu().contiguous()
+        self._bytes += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._waiting, self._part(len(self._files)), metadata={"format": "pt"})
+        self._files.append(list(self._waiting))
+        self._waiting, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number}.safetensors"
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._files)
+        if count == 1:
+            self._part(0).rename(self.folder / "model.safetensors")
+            return
+        index = {}
+        for number, names in enumerate(self._files):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            self._part(number).rename(self.folder / file)
+            index |= dict.fromkeys(names, file)
+        text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=1)
+        (self.folder / "model.safetensors.index.json").write_text(text)
+
+
+def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and "index.json" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((source / "config.json").read_text())
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _compare_tensors(folder: Path, network: Network, trained: dict[str, float]) -> None:
+    files = WeightFiles(folder)
+    for name, parameter in network.model.named_parameters():
+        tensor = files.read(name, tuple(parameter.shape), slice(None))
+        written = float(tensor.double().abs().sum())
+        if abs(written - trained[name]) > 1e-9 * max(1.0, trained[name]):
+            raise CheckpointError(
+                f"export to {folder}: {name} reads back with sum {written}, trained is {trained[name]}; the disk or the "
+                "layout is wrong, do not use this folder"
+            )
+
+
+@torch.no_grad()
+def _probe(network: Network, layout: Layout) -> tuple[list[int], Tensor]:
+    """A few token ids and their log-probabilities under the trained weights; collective."""
+    vocabulary = network.model.config.get_text_config().vocab_size
+    allowed = [i for i in range(vocabulary) if network.banned is None or not network.banned[i]]
+    ids = [allowed[(7 * i) % len(allowed)] for i in range(_PROBE_TOKENS)]
+    tokens = torch.tensor(ids, device=layout.device)
+    sharded = layout.mesh is not None and network.visual is not None
+    inputs = PackInputs(
+        token_ids=tokens[:-1],
+        positions=torch.arange(len(ids) - 1, device=layout.device).expand(3, -1),
+        layout=PackLayout((len(ids) - 1,)),
+        sources=torch.arange(len(ids) - 1, device=layout.device),
+        targets=tokens[1:],
+        vision=blank_image(network.visual, layout.device) if sharded else None,
+        image_index=tokens[:0],
+    )
+    return ids, network(inputs)[0].cpu()
+
+
+@torch.no_grad()
+def _compare_logits(folder: Path, network: Network, dtype: torch.dtype, ids: list[int], expected: Tensor) -> None:
+    auto = AutoModelForCausalLM if network.visual is None else AutoModelForImageTextToText
+    plain = auto.from_pretrained(folder, dtype=dtype)
+    logits = plain(input_ids=torch.tensor([ids[:-1]])).logits[0].to(expected.dtype) / network.temperature
+    if network.banned is not None:
+        logits = logits.masked_fill(network.banned.cpu(), float("-inf"))
+    found = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    difference = float((found - expected).abs().mean())
+    limit = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not difference < limit:
+        raise CheckpointError(
+            f"export to {folder}: plain transformers gives log-probabilities {difference:.3g} nats away from the trained "
+            f"model (allowed {limit}); do not use this folder"
+        )
+    log.info("export to %s gives the trained model's log-probabilities (mean difference %.2g nats)", folder, difference)

@@ -1,0 +1,253 @@
+"""The policy being trained, as one process per device sees it. All ranks make the same calls in the same order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dapo import device as devices
+from dapo.algo.objective import ObjectiveResult, TokenBatch, Totals, merge_sums, policy_objective, reduce_metrics
+from dapo.config.run import RunConfig
+from dapo.model.load import load_model
+from dapo.model.network import Network
+from dapo.train import checkpoint, export, optim, parallel, weights
+from dapo.train.collate import Collator, PackTargets, Processor
+from dapo.train.policy import LogProbs, UpdateResult
+from dapo.types import PackPlan, TrainBatch
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class FsdpPolicy:
+    """One rank's part of the policy: its shards of weights and optimiser state, and its packs of every update.
+
+    Args:
+        folder: Hugging Face folder with the weights to start from.
+        processor: of the same folder.
+        rank, world: of this process; with world > 1 MASTER_ADDR and MASTER_PORT say where rank 0 listens.
+        device: where to compute; None: what `config.device` names.
+        master_dtype: of weights and optimiser state; float64 only makes sense in tests.
+
+    Raises:
+        ConfigError, WeightsError, EnvironmentCheckError: what does not fit, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        processor: Processor,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | None = None,
+        *,
+        master_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        kind = devices.resolve(config.device if device is None else device.type)
+        self.config, self.folder, self.processor = config, folder, processor
+        self.device = devices.torch_device(kind) if device is None else device
+        wanted = _DTYPES[config.model.compute_dtype]
+        self.compute_dtype = master_dtype if wanted == torch.float32 else wanted
+        mixed = self.compute_dtype != master_dtype
+        self.layout = parallel.join(config.model.parallel, kind, self.device, rank, world, mixed)
+        self.network = self._load(folder, master_dtype)
+        self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer)
+        self.updates = 0
+        """Optimiser updates made so far in the run."""
+        self.collate = Collator(processor, self.network, self.device, master_dtype)
+        self.collate.always_see = self.layout.mesh is not None
+        self._reference: Network | None = None
+        self._plan: PackPlan | None = None
+        self._old: dict[tuple[int, int], Tensor] = {}
+        self._ref: dict[tuple[int, int], Tensor] = {}
+
+    def _load(self, folder: Path, dtype: torch.dtype, trained: bool = True) -> Network:
+        networks: list[Network] = []
+        banned = torch.zeros(self.processor.vocab_size, dtype=torch.bool, device=self.device)
+        banned[list(self.processor.banned_token_ids)] = True
+
+        def shard(model: PreTrainedModel) -> None:
+            network = Network(model, self.config.rollout.temperature, banned)
+            model.requires_grad_(trained)
+            if self.config.model.freeze_vision and network.visual is not None:
+                network.visual.requires_grad_(False)
+            if trained and self.config.model.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            reshard = self.config.model.parallel.reshard_after_forward
+            parallel.shard_network(network, self.layout, self.compute_dtype, reshard)
+            networks.append(network)
+
+        load_model(folder, device=self.device, dtype=dtype, shard=shard)
+        return networks[0]
+
+    # ---- log-probabilities ------------------------------------------------------------------------------------------
+
+    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of this rank's packs, before the first update of the step; kept for `update`.
+
+        Update 0 starts from these very weights, so its old log-probabilities are those of its own forward pass: they
+        are left empty here, unless the KL penalty in the reward needs them.
+        """
+        self._plan, self._old, self._ref = plan, {}, {}
+        needed_by_reward = self.config.algorithm.kl.reward_coef > 0
+        return self._logprobs(batch, plan, self.network, self._old, first=0 if needed_by_reward else 1)
+
+    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of the frozen model the run started from; loaded at the first call."""
+        assert self.config.algorithm.kl.needs_reference, "no KL term asks for a reference model"
+        if self._reference is None:
+            self._reference = self._load(self.folder, self.compute_dtype, trained=False)
+        if self.config.model.parallel.offload_reference:
+            weights.move(self._reference, self.device)
+        result = self._logprobs(batch, plan, self._reference, self._ref, first=0)
+        if self.config.model.parallel.offload_reference:
+            weights.move(self._reference, torch.device("cpu"))
+            devices.release_cached_memory(self.device)
+        return result
+
+    @torch.no_grad()
+    def _logprobs(
+        self, batch: TrainBatch, plan: PackPlan, network: Network, kept: dict[tuple[int, int], Tensor], first: int
+    ) -> LogProbs:
+        values: list[list[tuple[float, ...]]] = [[()] * len(g.sequences) for g in batch.groups]
+        for u in range(first, len(plan.updates)):
+            for i, pack in enumerate(plan.updates[u][self.layout.data_rank]):
+                inputs, targets = self.collate(batch, pack)
+                logprobs, _ = network(inputs)
+                kept[u, i] = logprobs
+                _spread(logprobs, targets, values)
+        for module in parallel.sharded_modules(network):
+            module.reshard()
+        return LogProbs(tuple(tuple(group) for group in values))
+
+    # ---- one optimiser update ---------------------------------------------------------------------------------------
+
+    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
+        """Forward, loss and backward over this rank's packs of update `index`, then one AdamW update on all ranks.
+
+        A gradient that is not finite changes nothing: the update is skipped and `skipped` is 1.
+        """
+        if index > 0:
+            assert plan == self._plan, "update > 0 needs old_logprobs of the same plan first"
+        packs = plan.updates[index][self.layout.data_rank]
+        totals = _totals(batch, index, self.config.batch.max_response_tokens)
+        sums = []
+        for i, pack in enumerate(packs):
+            self._announce_backward(last=i == len(packs) - 1)
+            inputs, targets = self.collate(batch, pack)
+            result = self._objective(inputs, targets, totals, (index, i))
+            result.loss.backward()
+            sums.append(result.sums)
+        metrics = self._reduced(merge_sums(sums))
+        if index == 0:
+            assert metrics["max_ratio_error"] == 0.0, (
+                f"the first update's probability ratio is off by {metrics['max_ratio_error']}; it must be exactly 1: "
+                "its old log-probabilities come from the same packs and weights"
+            )
+        return UpdateResult(metrics | self._step())
+
+    def _objective(self, inputs: object, targets: PackTargets, totals: Totals, key: tuple[int, int]) -> ObjectiveResult:
+        logprobs, entropy = self.network(inputs)
+        tokens = TokenBatch(
+            logprobs=logprobs,
+            old_logprobs=self._old.get(key, logprobs.detach()),
+            rollout_logprobs=targets.rollout_logprobs,
+            advantages=targets.advantages,
+            sequence_ids=targets.sequence_ids,
+            trained=targets.trained,
+            ref_logprobs=self._ref.get(key),
+            entropy=entropy if self.config.algorithm.entropy_coef else entropy.detach(),
+        )
+        return policy_objective(tokens, self.config.algorithm, totals)
+
+    def _announce_backward(self, last: bool) -> None:
+        if self.layout.mesh is not None:
+            network = self.network
+            network.set_is_last_backward(last)  # type: ignore[operator]  # fully_shard gives the module this method
+            if self.layout.replicated:
+                network.set_requires_all_reduce(last)  # type: ignore[operator]
+
+    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Over all ranks, each data-parallel rank counted once."""
+        counted = float(self.layout.rank % self.layout.sequence_parallel == 0)
+        stacked = torch.cat([value.flatten() for value in sums.values()]).to("cpu", torch.float64) * counted
+        sizes = [value.numel() for value in sums.values()]
+        total, highest = (x.split(sizes) for x in (self.layout.sum(stacked), self.layout.maximum(stacked)))
+        merged = {n: (highest if n.startswith("max_") else total)[i].view_as(sums[n]) for i, n in enumerate(sums)}
+        return reduce_metrics(merged)
+
+    def _step(self) -> dict[str, float]:
+        config = self.config.model.optimizer
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        norm = optim.clip_gradients(parameters, config.max_grad_norm, self.layout)
+        finite = norm < float("inf")
+        rate = optim.learning_rate(config, self.updates + 1)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.updates += 1
+        else:
+            log.error("update skipped: the gradient norm is %s", norm)
+        self.optimizer.zero_grad()
+        return {"grad_norm": norm, "lr": rate, "skipped": float(not finite)}
+
+    # ---- weights and state ------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformers model inside; its parameters may be DTensors."""
+        return self.network.model
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights in the compute dtype: what one `named_weights` hands over."""
+        return sum(p.numel() for p in self.model.parameters()) * self.compute_dtype.itemsize
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in the compute dtype, in transformers' names and layout, tied weights once; collective."""
+        return weights.whole_tensors(self.network.model, self.compute_dtype)
+
+    def fingerprint(self) -> dict[str, float]:
+        """Float64 sum of absolute values of each of `named_weights`; collective."""
+        return weights.fingerprint(self.network.model, self.compute_dtype, self.layout)
+
+    def save(self, folder: Path) -> None:
+        """Sharded weights, optimiser state, update count and every rank's RNG into an existing folder; collective."""
+        checkpoint.save(folder, self.network.model, self.optimizer, self.updates, self.layout)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, whatever number of ranks wrote it; collective.
+
+        Raises:
+            CheckpointError: not a whole checkpoint of this model; nothing was changed.
+        """
+        self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self.layout)
+        self._plan, self._old, self._ref = None, {}, {}
+
+    def export(self, folder: Path) -> None:
+        """A Hugging Face folder in the hub's layout, read back and compared before this returns; collective."""
+        export.export(folder, self.folder, self.network, self.compute_dtype, self.layout)
+
+    def close(self) -> None:
+        parallel.leave()
+
+
+def _spread(logprobs: Tensor, targets: PackTargets, values: list[list[tuple[float, ...]]]) -> None:
+    if not targets.sequences:
+        return
+    parts = logprobs.cpu().split(list(targets.lengths))
+    for (group, sequence), part in zip(targets.sequences, parts, strict=True):
+        values[group][sequence] = tuple(part.tolist())
+
+
+def _totals(batch: TrainBatch, index: int, max_response_tokens: int) -> Totals:
+    sequences = [s for g in batch.updates[index] for s in batch.groups[g].sequences]
+    return Totals.of((len(s.response_ids) for s in sequences), (s.trained for s in sequences), max_response_tokens)

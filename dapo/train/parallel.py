@@ -1,0 +1,138 @@
+"""Who holds which shard: process group, mesh, FSDP2 per block. Nothing of it is visible outside this room."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dapo.config.model import ParallelConfig
+from dapo.device import BACKENDS, Kind
+from dapo.errors import ConfigError
+from dapo.model.network import Network
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""A rank that waits longer for the others raises, naming the collective: a hang never lasts for ever."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process among all training processes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """None: one process, no sharding and no process group."""
+    sequence_parallel: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Whose packs of the plan this rank computes; the ranks of a sequence-parallel group share them."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def replicated(self) -> bool:
+        return self.mesh is not None and self.mesh.ndim == 2
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over all ranks, float64, on CPU (HCCL has no float64)."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.mesh is not None and self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Like `sum`."""
+        highest = values.detach().to("cpu", torch.float64)
+        if self.mesh is not None and self.world > 1:
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest
+
+    @property
+    def shard_copies(self) -> int:
+        """Ranks that hold the same shard: sums over all ranks count it so often."""
+        if self.mesh is None:
+            return 1
+        return self.mesh.size(0) if self.replicated else 1
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+
+def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, world: int, mixed: bool) -> Layout:
+    """Join the process group (address and port from the environment) and build the mesh.
+
+    Args:
+        mixed: compute dtype and master dtype differ; then even one process is sharded, for the casts FSDP does.
+
+    Raises:
+        ConfigError: the configured sizes do not fit the number of processes.
+    """
+    if world != config.world_size:
+        raise ConfigError(f"model.parallel.world_size={config.world_size}, but {world} training processes were started")
+    if world == 1 and not mixed:
+        return Layout(rank, world, device, None)
+    if not dist.is_initialized():
+        store = dist.HashStore() if world == 1 else None
+        dist.init_process_group(BACKENDS[kind], rank=rank, world_size=world, store=store, timeout=COLLECTIVE_TIMEOUT)
+    fsdp = config.fsdp_size or world
+    if world % fsdp:
+        raise ConfigError(f"model.parallel.fsdp_size={fsdp} must divide model.parallel.world_size={world}")
+    if fsdp == world:
+        mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    else:
+        if rank == 0:
+            log.warning(
+                "model.parallel.fsdp_size=%d is smaller than world_size=%d: HSDP, %d full copies of the weights and of "
+                "the optimiser state, each over %d ranks",
+                fsdp,
+                world,
+                world // fsdp,
+                fsdp,
+            )
+        mesh = init_device_mesh(kind, (world // fsdp, fsdp), mesh_dim_names=("replicate", "shard"))
+    return Layout(rank, world, device, mesh, config.sequence_parallel)
+
+
+def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    """FSDP2 for each block, for the vision tower and for what is left (embeddings, norm, head); sums gradients."""
+    if layout.mesh is None:
+        return
+    first = next(network.parameters())
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == first.dtype else compute_dtype, reduce_dtype=first.dtype
+    )
+    options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
+    text: Any = network.text
+    visual: Any = network.visual
+    for block in [*text.layers, *(visual.blocks if visual is not None else ())]:
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    if visual is not None:
+        fully_shard(visual, reshard_after_forward=reshard_after_forward, **options)
+    # The root's weights are used at both ends of the pass.
+    fully_shard(network, reshard_after_forward=False, **options)
+    for module in sharded_modules(network):
+        # Losses are normalised by global counts already, so gradients are added up, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        if layout.device.type != "cuda":
+            module.set_force_sum_reduction_for_comms(True)  # gloo and HCCL have no premultiplied sum
+
+
+def sharded_modules(network: nn.Module) -> list[FSDPModule]:
+    return [module for module in network.modules() if isinstance(module, FSDPModule)]
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

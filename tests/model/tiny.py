@@ -1,0 +1,150 @@
+"""Tiny random models as Hugging Face folders in the hub's layout, and plain data to run through them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dapo.model.load import EXPERT_SUFFIXES
+from dapo.types import Prompt, TrainBatch, TrainGroup, TrainSequence
+
+VOCABULARY, IMAGE, START, END = 64, 60, 61, 62
+PATCH = 4
+BANNED = (59, IMAGE, START, END, 63)
+
+
+def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -> Path:
+    """A `dense` or `moe` Qwen3-VL or a `text` Qwen3 with lively random weights."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if kind == "text":
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
+    else:
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        }
+        vision = {
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        ids = {
+            "image_token_id": IMAGE,
+            "video_token_id": 63,
+            "vision_start_token_id": START,
+            "vision_end_token_id": END,
+        }
+        if kind == "moe":
+            experts = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": []}
+            config = transformers.Qwen3VLMoeConfig(
+                text_config=text | experts, vision_config=vision, tie_word_embeddings=tied, **ids
+            )
+            model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+        else:
+            config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+            model = transformers.Qwen3VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    hub = {n: p.transpose(1, 2).contiguous() if n.endswith(EXPERT_SUFFIXES) else p for n, p in state.items()}
+    save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+class TinyProcessor:
+    """Pixels are random numbers seeded by the image's bytes."""
+
+    merge_size = 2
+    vocab_size = VOCABULARY
+    banned_token_ids = BANNED
+
+    def __init__(self, kind: str = "dense", dtype: torch.dtype = torch.float32) -> None:
+        self.image_token_id = None if kind == "text" else IMAGE
+        self.dtype = dtype
+
+    def vision_inputs(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        parts, grids = [], []
+        for prompt in prompts:
+            for data, grid in zip(prompt.images, prompt.image_grids, strict=True):
+                generator = torch.Generator().manual_seed(int.from_bytes(data, "big"))
+                t, h, w = grid
+                parts.append(torch.randn(t * h * w, 3 * 2 * PATCH * PATCH, generator=generator, dtype=torch.float64))
+                grids.append(grid)
+        return torch.cat(parts).to(self.dtype), torch.tensor(grids)
+
+
+def make_batch(
+    *,
+    groups: int = 4,
+    size: int = 3,
+    per_update: int = 2,
+    images: str = "all",
+    lengths: tuple[int, int] = (1, 12),
+    seed: int = 0,
+) -> TrainBatch:
+    """Ragged prompts and responses. `images`: all, none or some (every second prompt)."""
+    rng = random.Random(seed)
+    made = []
+    for number in range(groups):
+        with_image = images == "all" or (images == "some" and number % 2 == 0)
+        grids = ((1, 4, rng.choice((2, 4, 6))),) if with_image else ()
+        ids = [rng.randrange(1, 59) for _ in range(rng.randint(3, 9))]
+        for _, h, w in grids:
+            ids[2:2] = [START, *[IMAGE] * (h * w // 4), END]
+        blobs = tuple(bytes([number + 1, i]) for i in range(len(grids)))
+        prompt = Prompt(f"train/{number}", tuple(ids), blobs, grids, answer="1", question="?")
+        sequences = tuple(
+            TrainSequence(
+                response_ids=tuple(rng.randrange(1, 59) for _ in range(n)),
+                advantage=rng.gauss(0, 1),
+                rollout_logprobs=tuple(-rng.random() * 4 for _ in range(n)),
+                trained=rng.random() < 0.9,
+            )
+            for n in (rng.randint(*lengths) for _ in range(size))
+        )
+        made.append(TrainGroup(prompt, sequences))
+    updates = tuple(tuple(range(i, min(i + per_update, groups))) for i in range(0, groups, per_update))
+    return TrainBatch(tuple(made), updates, policy_version=0)
+
+
+class ExactFloat64(TorchFunctionMode):
+    """Where transformers computes in float32 on purpose (norms, rotary tables), compute in float64.
+
+    Without it, a difference of 1e-16 before such a rounding can become one of 1e-8 behind it, whoever is right.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
