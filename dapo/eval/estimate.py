@@ -78,11 +78,16 @@ def sample_estimates(
     }
     if votes is not None:
         reducers["maj"] = lambda row: values[majority(votes, row)]
-    for k in [*(2**e for e in range(1, n.bit_length()) if 2**e < n), n]:
+    for k in powers_of_two_to(n):
         found = bootstrap(n, k, list(reducers.values()), resamples=resamples, seed=seed)
         for name, (mean, std) in zip(reducers, found, strict=True):
             estimates |= {f"{name}@{k}/mean": mean, f"{name}@{k}/std": std}
     return estimates
+
+
+def powers_of_two_to(n: int) -> list[int]:
+    """2, 4, 8, ... below n, and n."""
+    return [*(2**e for e in range(1, n.bit_length()) if 2**e < n), n]
 
 
 def over_prompts(estimates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from dapo.eval.estimate import accuracy_interval, majority, over_prompts, pass_at_k, resample_rows
+from dapo.eval.estimate import accuracy_interval, majority, over_prompts, pass_at_k, powers_of_two_to
 from dapo.observe.metrics import describe
 from dapo.types import Rollout, RolloutGroup
 
@@ -21,7 +21,7 @@ _PNG = b"\x89PNG"
 def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """`val/...` metrics of docs/metrics.md; a failed check is left out of every mean and counted in `val/failed`.
 
-    With k > 1 samples per prompt also `val/mean_at_k`, `val/pass_at_j` and `val/maj_at_j` (j: powers of two and k).
+    With n > 1 samples per prompt also `val/mean_at_n`, `val/maj_at_n` and `val/pass_at_k` (k: powers of two, and n).
     """
     rollouts = [r for g in groups for r in g.rollouts]
     scored = [s for r in rollouts if (s := r.scored) is not None]
@@ -80,16 +80,15 @@ def _row(group: RolloutGroup, rollout: Rollout) -> dict[str, Any]:
 
 def _several_samples(group: RolloutGroup) -> dict[str, float]:
     judged = [s for r in group.rollouts if (s := r.scored) is not None]
-    n = len(judged)
-    if len(group.rollouts) == 1 or not n:
+    samples, n = len(group.rollouts), len(judged)
+    if samples == 1 or not n:
         return {}
-    values, votes = [float(s.accuracy) for s in judged], [s.extracted for s in judged]
     right = sum(s.accuracy for s in judged)
-    metrics = {f"val/mean_at_{len(group.rollouts)}": right / n}
-    for k in [*(2**e for e in range(1, n.bit_length()) if 2**e < n), n]:
-        metrics[f"val/pass_at_{k}"] = pass_at_k(n, right, k)
-        rows = resample_rows(n, k, resamples=200, seed=42)
-        metrics[f"val/maj_at_{k}"] = sum(values[majority(votes, row)] for row in rows) / len(rows)
+    elected = judged[majority([s.extracted for s in judged], range(n))]
+    metrics = {f"val/mean_at_{samples}": right / n, f"val/maj_at_{samples}": float(elected.accuracy)}
+    for k in powers_of_two_to(samples):
+        if k <= n:
+            metrics[f"val/pass_at_{k}"] = pass_at_k(n, right, k)
     return metrics
 
 

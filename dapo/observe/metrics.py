@@ -13,7 +13,7 @@ from dapo.types import RolloutGroup
 Reduction = Literal["mean", "sum", "min", "max"]
 
 # Of these one number of the updates is the step's; all others are means weighted by the updates' trained tokens.
-_SUMMED = ("tokens", "empty_update")
+_SUMMED = ("tokens", "empty_update", "skipped")
 _OF_FIRST_UPDATE = ("max_ratio_error",)
 _OF_LAST_UPDATE = ("lr",)
 
