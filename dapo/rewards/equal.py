@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TypeVar
 
 from dapo.rewards import numeric
-from dapo.rewards.exact import Evaluation, Inexact, Polynomial, Undefined
-from dapo.rewards.grammar import Call, Expr, Item, Many, Num, Power, Product, Sum, Sym, Unreadable, Value, parse
+from dapo.rewards.exact import ONE, Evaluation, Inexact, Polynomial, Ratio, Undefined
+from dapo.rewards.expression import Expr, Unreadable, marks
+from dapo.rewards.grammar import Item, Value, parse
 from dapo.rewards.latex import MAX_CHARS, TEXT, tokens
 from dapo.rewards.units import conversion
 
@@ -19,35 +20,10 @@ _PLAIN = re.compile(r"-?[0-9]{1,40}(?:\.[0-9]{0,40})?")
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[).:]")
 
-_RATIONAL_ONE: Polynomial = {frozenset(): Fraction(1)}
-_HUNDREDTH: Polynomial = {frozenset(): Fraction(1, 100)}
+_T = TypeVar("_T")
+
 _DEGREE: Polynomial = {frozenset((("pi", Fraction(1)),)): Fraction(1, 180)}
-
-
-class _Constants(NamedTuple):
-    """What the marks ``deg`` and ``%`` stand for."""
-
-    exact: Mapping[str, Polynomial]
-    numeric: Mapping[str, Decimal]
-
-
-_MEASURE = _Constants(
-    {"deg": _DEGREE, "%": _HUNDREDTH}, {"deg": numeric.DEGREE, "%": Decimal("0.01"), "pi": numeric.PI}
-)
-"""65 degrees is an angle, 25 % is a quarter."""
-_LABEL = _Constants(
-    {"deg": _RATIONAL_ONE, "%": _RATIONAL_ONE}, {"deg": Decimal(1), "%": Decimal(1), "pi": numeric.PI}
-)
-"""65 degrees answers "how many degrees", for which 65 is as good."""
-
-
-class Answer(NamedTuple):
-    """What was understood of an answer."""
-
-    letters: tuple[str, ...]
-    """Its tokens in lower case; equal letters mean equal answers."""
-    value: Value | None
-    """None: outside the grammar, comparable by its letters only."""
+_HUNDREDTH: Polynomial = {frozenset(): Fraction(1, 100)}
 
 
 def equivalent(given: str, truth: str) -> bool:
@@ -69,105 +45,129 @@ def equivalent(given: str, truth: str) -> bool:
     return _compare(given, truth)
 
 
-def read(raw: str) -> Answer | None:
-    """Understand an answer; None where it is empty, too long, or not text."""
-    boxed = _BOXED.fullmatch(raw)
-    found = tokens(boxed[1] if boxed else raw)
-    if found is None:
-        return None
-    if (choice := _CHOICE.fullmatch("".join(found))) is not None:
-        found = [choice[1] or choice[2]]
-    letters = tuple(word for token in found for word in token.strip(TEXT).lower().split())
-    try:
-        return Answer(letters, parse(found))
-    except Unreadable:
-        return Answer(letters, None)
-
-
 # The samples of one prompt share its ground truth, and many of them an answer.
 @lru_cache(maxsize=4096)
 def _compare(given: str, truth: str) -> bool:
-    expected = _read_truth(truth)
-    answer = read(given)
-    return answer is not None and expected is not None and _same_answer(answer, expected)
+    expected, found = _understood(truth), _found(given)
+    if expected is None or found is None:
+        return False
+    letters, value = expected
+    if _letters(found) == letters:
+        return True
+    answer = None if value is None else _value(found)
+    return value is not None and answer is not None and _Comparison().same_value(answer, value)
 
 
 @lru_cache(maxsize=1024)
-def _read_truth(raw: str) -> Answer | None:
-    return read(raw)
+def _understood(truth: str) -> tuple[list[str], Value | None] | None:
+    found = _found(truth)
+    return None if found is None else (_letters(found), _value(found))
 
 
-def _same_answer(a: Answer, b: Answer) -> bool:
-    if a.letters == b.letters:
-        return True
-    return a.value is not None and b.value is not None and _same_value(a.value, b.value)
+def _found(raw: str) -> list[str] | None:
+    """Tokens, without a box or the brackets of a choice round them."""
+    boxed = _BOXED.fullmatch(raw)
+    found = tokens(boxed[1] if boxed else raw)
+    if found and len(found) <= 3 and (choice := _CHOICE.fullmatch("".join(found))) is not None:
+        return [choice[1] or choice[2]]
+    return found
 
 
-def _same_value(a: Value, b: Value) -> bool:
-    if isinstance(a, Item) and isinstance(b, Item):
-        return _same_item(a, b)
-    if isinstance(a, Item) or isinstance(b, Item) or len(a.elements) != len(b.elements):
-        return False
-    if (a.opening, a.closing) != (b.opening, b.closing):
-        return False
-    if a.opening:
-        return all(map(_same_value, a.elements, b.elements))
-    left = list(b.elements)
-    for element in a.elements:
-        match = next((i for i, other in enumerate(left) if _same_named(element, other)), None)
-        if match is None:
-            return False
-        del left[match]
-    return True
+def _letters(found: list[str]) -> list[str]:
+    """Tokens in lower case: equal letters mean equal answers, also for what is outside the grammar."""
+    return [word for token in found for word in token.strip(TEXT).lower().split()]
 
 
-def _same_named(a: Value, b: Value) -> bool:
-    """In a list (x = 3, y = 4) the names tell which is which."""
-    if isinstance(a, Item) and isinstance(b, Item) and a.name and b.name and a.name != b.name:
-        return False
-    return _same_value(a, b)
-
-
-def _same_item(a: Item, b: Item) -> bool:
-    if a.equation or b.equation:
-        left, right = a.readings[0].value, b.readings[0].value
-        return a.equation == b.equation and (_same_number(left, right) or _same_number(left, right, Fraction(-1)))
-    for x in a.readings:
-        for y in b.readings:
-            scale = conversion(x.unit, y.unit)
-            if scale is not None and _same_number(x.value, y.value, scale):
-                return True
-    return False
-
-
-def _same_number(a: Expr, b: Expr, scale: Fraction = Fraction(1)) -> bool:
-    """Whether scale * a = b. A degree or percent sign on one side only may be a label or a measure."""
-    return (_marks(a) != _marks(b) and _agree(a, b, scale, _LABEL)) or _agree(a, b, scale, _MEASURE)
-
-
-def _agree(a: Expr, b: Expr, scale: Fraction, constants: _Constants) -> bool:
-    exact = Evaluation(constants.exact)
+def _value(found: list[str]) -> Value | None:
+    """What the tokens mean; None where they are outside the grammar and can be compared by their letters only."""
     try:
+        return parse(found)
+    except Unreadable:
+        return None
+
+
+class _Meaning:
+    """Values of expressions with one meaning of the marks ``deg`` and ``%``, each worked out once."""
+
+    def __init__(self, exact: dict[str, Polynomial], decimal: dict[str, Decimal]) -> None:
+        self._evaluation, self._constants = Evaluation(exact), decimal | {"pi": numeric.PI}
+        self._exact: dict[int, Ratio | type[ArithmeticError]] = {}
+        self._decimal: dict[int, Decimal | type[ArithmeticError]] = {}
+
+    def same(self, a: Expr, b: Expr, scale: Fraction) -> bool:
+        """Whether scale * a = b; never for what has no value."""
         try:
-            left = exact.multiply(exact.value(a), ({frozenset(): scale}, _RATIONAL_ONE))
-            return exact.equal(left, exact.value(b))
-        except Inexact:
-            return numeric.close(a, b, constants.numeric, scale)
-    except Undefined:
+            try:
+                scaled = self._evaluation.multiply(self._exactly(a), ({frozenset(): scale}, ONE))
+                return self._evaluation.equal(scaled, self._exactly(b))
+            except Inexact:
+                return numeric.close(self._closely(a), self._closely(b), scale)
+        except Undefined:
+            return False
+
+    def _exactly(self, expression: Expr) -> Ratio:
+        return _once(self._exact, expression, self._evaluation.value)
+
+    def _closely(self, expression: Expr) -> Decimal:
+        return _once(self._decimal, expression, lambda e: numeric.value(e, self._constants))
+
+
+def _once(known: dict[int, _T | type[ArithmeticError]], expression: Expr, work_out: Callable[[Expr], _T]) -> _T:
+    """A value, or the reason why there is none, from `known` or worked out now."""
+    if id(expression) not in known:
+        try:
+            known[id(expression)] = work_out(expression)
+        except ArithmeticError as error:
+            known[id(expression)] = type(error)
+    found = known[id(expression)]
+    if isinstance(found, type):
+        raise found
+    return found
+
+
+class _Comparison:
+    """Of two answers. A list of hard expressions costs each of them once, however many pairs are tried."""
+
+    def __init__(self) -> None:
+        # 65 degrees is an angle and 25 % a quarter; and 65 is as good an answer to "how many degrees".
+        self._measure = _Meaning({"deg": _DEGREE, "%": _HUNDREDTH}, {"deg": numeric.DEGREE, "%": Decimal("0.01")})
+        self._label = _Meaning({"deg": ONE, "%": ONE}, {"deg": Decimal(1), "%": Decimal(1)})
+
+    def same_value(self, a: Value, b: Value) -> bool:
+        """Whether two values are equal, element by element; the order counts inside brackets only."""
+        if isinstance(a, Item) and isinstance(b, Item):
+            return self._same_item(a, b)
+        if isinstance(a, Item) or isinstance(b, Item) or len(a.elements) != len(b.elements):
+            return False
+        if (a.opening, a.closing) != (b.opening, b.closing):
+            return False
+        if a.opening:
+            return all(map(self.same_value, a.elements, b.elements))
+        left = list(b.elements)
+        for element in a.elements:
+            match = next((i for i, other in enumerate(left) if self._same_element(element, other)), None)
+            if match is None:
+                return False
+            del left[match]
+        return True
+
+    def _same_element(self, a: Value, b: Value) -> bool:
+        """In a list (x = 3, y = 4) the names tell which is which."""
+        if isinstance(a, Item) and isinstance(b, Item) and a.name and b.name and a.name != b.name:
+            return False
+        return self.same_value(a, b)
+
+    def _same_item(self, a: Item, b: Item) -> bool:
+        if a.equation or b.equation:
+            left, right = a.readings[0].value, b.readings[0].value
+            return a.equation == b.equation and any(self._same_number(left, right, Fraction(s)) for s in (1, -1))
+        for x in a.readings:
+            for y in b.readings:
+                scale = conversion(x.unit, y.unit)
+                if scale is not None and self._same_number(x.value, y.value, scale):
+                    return True
         return False
 
-
-def _marks(expression: Expr) -> frozenset[str]:
-    match expression:
-        case Sym("deg" | "%" as mark):
-            return frozenset((mark,))
-        case Num() | Sym():
-            return frozenset()
-        case Sum(terms):
-            return frozenset().union(*map(_marks, terms))
-        case Product(factors, divisors):
-            return frozenset().union(*map(_marks, factors), *map(_marks, divisors))
-        case Power(base, exponent):
-            return _marks(base) | _marks(exponent)
-        case Call(_, argument):
-            return _marks(argument)
+    def _same_number(self, a: Expr, b: Expr, scale: Fraction) -> bool:
+        """A mark on one side only may be a label or a measure."""
+        return (marks(a) != marks(b) and self._label.same(a, b, scale)) or self._measure.same(a, b, scale)

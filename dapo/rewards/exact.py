@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from math import isqrt
 
-from dapo.rewards.grammar import Call, Expr, Num, Power, Product, Sum, Sym
+from dapo.rewards.expression import Call, Expr, Num, Power, Product, Sum, Sym
 
 Monomial = frozenset[tuple[int | str, Fraction]]
 """Primes with exponents in (0, 1), names with any exponent but 0."""
@@ -23,10 +23,10 @@ Ratio = tuple[Polynomial, Polynomial]
 
 MAX_EXPONENT = 64
 """Largest numerator and denominator of an exponent."""
-MAX_BITS = 2048
+MAX_BITS = 1024
 """Largest coefficient."""
 MAX_WORK = 1000
-"""Products of two terms per expression; what needs more is evaluated numerically instead (about 10 ms)."""
+"""Products of two terms per comparison; what needs more is evaluated numerically instead (after about 10 ms)."""
 MAX_TRIAL = 10_000
 """Primes tried when a radicand is factored; complete for radicands up to its square."""
 

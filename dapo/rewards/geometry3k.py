@@ -9,7 +9,8 @@ from dapo.types import Scored
 
 BOX = "\\boxed{"
 _BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
-_SHOWN = 200
+SHOWN_CHARS = 200
+"""Of an extracted answer, kept for people."""
 
 
 def grade(response: str, answer: str) -> Scored:
@@ -21,7 +22,7 @@ def grade(response: str, answer: str) -> Scored:
     return Scored(
         accuracy=boxed is not None and equivalent(boxed, answer),
         format=1.0 if has_format(response) else 0.0,
-        extracted="" if boxed is None else boxed.strip()[:_SHOWN],
+        extracted="" if boxed is None else boxed.strip()[:SHOWN_CHARS],
     )
 
 

@@ -38,8 +38,8 @@ _TRANSLATION = _FULL_WIDTH | {ord(sign): spelling for sign, spelling in _SYMBOLS
 _CHINESE = {
     "平方厘米": " cm^2", "平方毫米": " mm^2", "平方分米": " dm^2", "平方千米": " km^2", "平方米": " m^2",
     "立方厘米": " cm^3", "立方毫米": " mm^3", "立方分米": " dm^3", "立方米": " m^3", "厘米": " cm", "毫米": " mm",
-    "分米": " dm", "千米": " km", "公里": " km", "米": " m", "度": " degrees ", "平方单位": " units^2", "单位": " units",
-    "元": " dollars", "个": " units", "或": ",", "和": ",", "派": " pi ",
+    "分米": " dm", "千米": " km", "公里": " km", "米": " m", "度": " degrees ", "平方单位": " units^2",
+    "单位": " units",    "元": " dollars", "个": " units", "或": ",", "和": ",", "派": " pi ",
 }  # fmt: skip
 _CHINESE_WORD = re.compile("|".join(sorted(_CHINESE, key=len, reverse=True)))
 _CHINESE_LEAD = re.compile(r"^\s*(?:所以|故|则|因此)?\s*(?:最终)?(?:答案|结果)?\s*(?:应?选|是|为|等于|大?约)*\s*:?\s*")
@@ -64,11 +64,11 @@ _TOKEN = re.compile(
     r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|\\[A-Za-z]+|\\.|[A-Za-z]+|\x02[^\x02]*\x02|<=|>=|!=|\S"
 )
 _SPELLINGS = {
-    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\cdot": "*", "\\times": "*", "\\ast": "*",
-    "\\div": "/", "\\surd": "sqrt", "\\colon": ":", "\\%": "%", "percent": "%", "degree": "\\deg", "degrees": "\\deg", "deg": "\\deg",
-    "pi": "\\pi", "Pi": "\\pi", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\langle": "(", "\\rangle": ")", "\\rbrack": "]",
-    "\\le": "<=", "\\leq": "<=", "\\ge": ">=", "\\geq": ">=", "\\ne": "!=", "\\neq": "!=", "\\approx": "=",
-    "\\lt": "<", "\\gt": ">", ";": ",", "or": ",", "and": ",",
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\surd": "sqrt", "\\cdot": "*", "\\times": "*",
+    "\\ast": "*", "\\div": "/", "\\colon": ":", "\\%": "%", "percent": "%", "degree": "\\deg", "degrees": "\\deg",
+    "deg": "\\deg", "pi": "\\pi", "Pi": "\\pi", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]",
+    "\\langle": "(", "\\rangle": ")", "\\le": "<=", "\\leq": "<=", "\\ge": ">=", "\\geq": ">=", "\\ne": "!=",
+    "\\neq": "!=", "\\approx": "=", "\\lt": "<", "\\gt": ">", ";": ",", "or": ",", "and": ",",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from dapo.rewards.exact import MAX_EXPONENT, Undefined
-from dapo.rewards.grammar import Call, Expr, Num, Power, Product, Sum, Sym
+from dapo.rewards.expression import Call, Expr, Num, Power, Product, Sum, Sym
 
 DIGITS = 100
 """Significant decimal digits carried."""
@@ -27,43 +27,47 @@ DEGREE = Context(prec=DIGITS).divide(PI, 180)
 _CONTEXT = Context(prec=DIGITS, Emax=9999, Emin=-9999, traps=[Overflow, DivisionByZero, InvalidOperation])
 
 
-def close(a: Expr, b: Expr, constants: Mapping[str, Decimal], scale: Fraction) -> bool:
-    """Whether scale * a and b agree to the tolerance, with `constants` put in.
+def value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
+    """The value to about `DIGITS` digits, with `constants` put in for the names they hold.
 
     Variables get fixed values between 1 and 2 whose digits come from a hash: two different formulas agree there only
     by a coincidence of 40 digits.
 
     Raises:
-        Undefined: one has no real value or is beyond the limits.
+        Undefined: it has no real value or is beyond the limits.
     """
     with localcontext(_CONTEXT):
         try:
-            left = evaluate(a, constants) * _decimal(scale)
-            right = evaluate(b, constants)
-            return abs(left - right) <= TOLERANCE * max(abs(left), abs(right), Decimal(1))
+            return _value(expression, constants)
         except DecimalException as error:
             raise Undefined(f"no value: {error!r}") from None
 
 
-def evaluate(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
-    """The value to about `DIGITS` digits; needs `_CONTEXT` to be active."""
+def close(a: Decimal, b: Decimal, scale: Fraction) -> bool:
+    """Whether scale * a and b agree to the tolerance."""
+    with localcontext(_CONTEXT):
+        a *= _decimal(scale)
+        return abs(a - b) <= TOLERANCE * max(abs(a), abs(b), Decimal(1))
+
+
+def _value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
     match expression:
-        case Num(value):
-            result = _decimal(value)
+        case Num(number):
+            result = _decimal(number)
         case Sym(name):
             result = constants[name] if name in constants else variable(name)
         case Product(factors, divisors):
             result = Decimal(1)
             for factor in factors:
-                result *= evaluate(factor, constants)
+                result *= _value(factor, constants)
             for divisor in divisors:
-                result /= evaluate(divisor, constants)
+                result /= _value(divisor, constants)
         case Sum(terms):
-            result = sum((evaluate(term, constants) for term in terms), Decimal(0))
+            result = sum((_value(term, constants) for term in terms), Decimal(0))
         case Power(base, exponent):
-            result = _power(evaluate(base, constants), exponent, constants)
+            result = _power(_value(base, constants), _value(exponent, constants))
         case Call(function, argument):
-            result = _call(function, evaluate(argument, constants))
+            result = _call(function, _value(argument, constants))
     if abs(result) > LARGEST:
         raise Undefined(f"a number beyond {LARGEST}")
     return result
@@ -76,12 +80,11 @@ def variable(name: str) -> Decimal:
     return 1 + Decimal(f"0.{int(digest, 16) % 10**60:060d}")
 
 
-def _decimal(value: Fraction) -> Decimal:
-    return Decimal(value.numerator) / Decimal(value.denominator)
+def _decimal(number: Fraction) -> Decimal:
+    return Decimal(number.numerator) / Decimal(number.denominator)
 
 
-def _power(base: Decimal, exponent: Expr, constants: Mapping[str, Decimal]) -> Decimal:
-    power = evaluate(exponent, constants)
+def _power(base: Decimal, power: Decimal) -> Decimal:
     if abs(power) > MAX_EXPONENT:
         raise Undefined(f"exponents end at {MAX_EXPONENT}")
     fraction = Fraction(power).limit_denominator(MAX_EXPONENT)
