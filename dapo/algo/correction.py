@@ -43,8 +43,8 @@ def importance_weights(
 
 
 def effective_sample_share(weight_sum: float, weight_square_sum: float, count: float) -> float:
-    """``(sum w)^2 / (n sum w^2)`` in (0, 1]: the share of the sample that still counts under weights w; 1 for n = 0."""
-    return weight_sum**2 / (count * weight_square_sum) if count and weight_square_sum else 1.0
+    """``(sum w)^2 / (n sum w^2)`` in (0, 1]: the share of the sample that still counts under n > 0 weights w > 0."""
+    return weight_sum**2 / (count * weight_square_sum)
 
 
 def gap_histogram(old_logprobs: Tensor, rollout_logprobs: Tensor, valid: Tensor) -> Tensor:

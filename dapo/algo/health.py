@@ -121,7 +121,10 @@ def _change(values: Sequence[float], half: int) -> tuple[float, float]:
 
 
 def _not_finite(metrics: Metrics) -> str | None:
-    names = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    # Elsewhere NaN only means that there was nothing to measure.
+    names = sorted(
+        n for n, value in metrics.items() if n.startswith(("train/", "engine/")) and not math.isfinite(value)
+    )
     return f"not finite: {', '.join(names)}. Replay the step from its recording" if names else None
 
 

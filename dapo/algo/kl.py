@@ -71,9 +71,6 @@ class KlController:
         error = min(max(measured / self.config.target - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
         self.coef *= 1 + error * rollouts / self.config.horizon
 
-    def metrics(self) -> dict[str, float]:
-        return {"kl/reward_coef": self.coef} if self.config.reward_coef else {}
-
     def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}
 

@@ -122,7 +122,6 @@ def _token_sums(
     ratio_errors = (log_ratios.exp() - 1).abs()
     return {
         "tokens": valid.sum(),
-        "packs_without_tokens": ~valid.any(),
         "entropy": entropy.sum(),
         "approx_kl": -log_ratios.sum(),
         "clip_high": token_loss.clipped_high.sum(),
@@ -154,22 +153,22 @@ def reduce_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The merged sums of one update (all packs, all ranks) as numbers to log.
 
     Returns:
-        ``loss``, ``policy_loss``, ``kl_loss`` as they are; ``tokens`` trained on.
-        Per trained token: ``entropy`` (nats), ``approx_kl`` (mean of log pi_old - log pi, nats), shares ``clip_high``,
-        ``clip_low``, ``clip_dual``, ``correction`` (mean importance weight). Engine against trainer: ``gap_mean`` and
-        ``gap_p99`` of |difference| (nats), ``gap_ess`` (effective sample share). ``clipped_probability``: mean current
-        probability of the tokens clipped from above, 0 if there are none. ``max_ratio_error``: largest |ratio - 1|,
-        exactly 0 in the first update. ``packs_without_tokens``; ``empty_update``: 1 where nothing at all was trained.
+        ``loss``, ``policy_loss``, ``kl_loss`` as they are; ``tokens`` trained on; ``empty_update``, 1 where there were
+        none; ``max_ratio_error``, largest |ratio - 1|, exactly 0 in the first update. What has nothing to be measured
+        on is absent: where tokens were trained, ``entropy`` (mean, nats), ``approx_kl`` (mean of log pi_old - log pi,
+        nats), ``correction`` (mean importance weight), shares of tokens ``clip_high``, ``clip_low``, ``clip_dual``,
+        and engine against trainer ``gap_mean``, ``gap_p99`` (of |difference|, nats), ``gap_ess`` (effective sample
+        share); where tokens were clipped from above, ``clipped_probability``, their mean current probability.
     """
     s = {name: float(value) for name, value in sums.items() if name != "gap_histogram"}
-    tokens = max(s["tokens"], 1.0)
-    per_token = ("entropy", "approx_kl", "clip_high", "clip_low", "clip_dual", "gap_mean", "correction")
-    return {
-        **{name: s[name] for name in ("loss", "policy_loss", "kl_loss", "tokens", "max_ratio_error")},
-        **{name: s[name] / tokens for name in per_token},
-        "clipped_probability": s["clipped_probability"] / max(s["clip_high"], 1.0),
-        "gap_p99": histogram_quantile(sums["gap_histogram"], 0.99),
-        "gap_ess": effective_sample_share(s["gap_weight"], s["gap_weight_square"], s["tokens"]),
-        "packs_without_tokens": s["packs_without_tokens"],
-        "empty_update": float(s["tokens"] == 0),
-    }
+    tokens = s["tokens"]
+    metrics = {name: s[name] for name in ("loss", "policy_loss", "kl_loss", "tokens", "max_ratio_error")}
+    metrics["empty_update"] = float(tokens == 0)
+    if tokens:
+        means = ("entropy", "approx_kl", "correction", "clip_high", "clip_low", "clip_dual", "gap_mean")
+        metrics |= {name: s[name] / tokens for name in means}
+        metrics["gap_p99"] = histogram_quantile(sums["gap_histogram"], 0.99)
+        metrics["gap_ess"] = effective_sample_share(s["gap_weight"], s["gap_weight_square"], tokens)
+    if s["clip_high"]:
+        metrics["clipped_probability"] = s["clipped_probability"] / s["clip_high"]
+    return metrics

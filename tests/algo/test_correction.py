@@ -44,7 +44,6 @@ def test_off_leaves_every_token_as_it_is() -> None:
 
 def test_one_heavy_weight_of_four_leaves_a_quarter_of_the_sample() -> None:
     assert effective_sample_share(4.0, 16.0, 4) == 0.25
-    assert effective_sample_share(0.0, 0.0, 0) == 1.0
 
 
 def gap_quantile(gaps: Tensor, share: float) -> float:

@@ -28,7 +28,6 @@ def test_a_fixed_coefficient_stays() -> None:
     controller = KlController(KlConfig(reward_coef=0.1))
     controller.update(99.0, 512)
     assert controller.coef == 0.1
-    assert controller.metrics() == {"kl/reward_coef": 0.1}
 
 
 def test_an_adaptive_coefficient_follows_its_target_by_at_most_a_fifth() -> None:
@@ -41,10 +40,6 @@ def test_an_adaptive_coefficient_follows_its_target_by_at_most_a_fifth() -> None
     other.load_state_dict(controller.state_dict())
     other.update(0.0, 500)
     assert other.coef == pytest.approx(0.105 * 1.1 * 0.9)
-
-
-def test_without_kl_in_the_reward_nothing_is_reported() -> None:
-    assert KlController(KlConfig(loss_coef=0.1)).metrics() == {}
 
 
 def test_an_unknown_estimator_is_named() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dapo.algo.aggregate import token_weights
 from dapo.algo.objective import TokenBatch, Totals, merge_sums, policy_objective, reduce_metrics
 from dapo.config.algorithm import AlgorithmConfig, CorrectionConfig, KlConfig
 
@@ -43,6 +44,20 @@ def test_every_aggregation_of_the_same_token_losses(aggregation: str, loss: floa
     config = AlgorithmConfig(aggregation=aggregation)  # type: ignore[arg-type]
     result = policy_objective(two_responses(), config, Totals(tokens=4, sequences=2, max_response_tokens=8))
     assert result.loss.item() == pytest.approx(loss)
+
+
+def test_tokens_of_an_untrained_sequence_weigh_nothing() -> None:
+    trained = torch.tensor([True, False])
+    weights = token_weights("token-sum", torch.tensor([0, 1, 0]), trained, Totals(2, 1, 8))
+    assert weights.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_what_was_not_clipped_has_no_clipped_probability() -> None:
+    batch = two_responses()
+    sums = policy_objective(
+        replace(batch, old_logprobs=batch.logprobs.detach()), AlgorithmConfig(), Totals(4, 2, 8)
+    ).sums
+    assert "clipped_probability" not in reduce_metrics(sums)
 
 
 def test_a_pack_counts_against_the_whole_update() -> None:
@@ -93,8 +108,8 @@ def test_an_update_without_a_token_is_counted_and_costs_nothing() -> None:
     sums = policy_objective(batch, AlgorithmConfig(), Totals.of([3, 1], [False, False], 8)).sums
     metrics = reduce_metrics(merge_sums([sums, sums]))
     assert metrics["empty_update"] == 1.0
-    assert metrics["packs_without_tokens"] == 2.0
     assert metrics["loss"] == 0.0
+    assert not {"entropy", "gap_mean", "clip_high", "clipped_probability"} & metrics.keys()
 
 
 def test_missing_inputs_are_named() -> None:

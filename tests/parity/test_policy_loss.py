@@ -66,9 +66,9 @@ def objective(case: Case, mode: str, tokens: TokenBatch, totals: Totals) -> Obje
 def metrics_of(result: ObjectiveResult) -> dict[str, float]:
     metrics = reduce_metrics(result.sums)
     return {
-        "pg_clipfrac": metrics["clip_high"] + metrics["clip_low"],
-        "pg_clipfrac_lower": metrics["clip_dual"],
-        "ppo_kl": metrics["approx_kl"],
+        "pg_clipfrac": metrics.get("clip_high", 0.0) + metrics.get("clip_low", 0.0),
+        "pg_clipfrac_lower": metrics.get("clip_dual", 0.0),
+        "ppo_kl": metrics.get("approx_kl", 0.0),
     }
 
 
