@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapo.errors import WeightsError
+from dapo.model.linear import uses_onednn
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -22,13 +23,9 @@ _FIRST_CAPACITY = 32
 """Tokens the own cache of a row holds at first; doubled when full."""
 
 
-def fast_linear(device: torch.device, dtype: torch.dtype) -> Linear:
-    """The matrix product for [N, in] x [out, in]^T on this device.
-
-    On CPU in float32 torch calls MKL, which on AMD processors reaches half of oneDNN's rate (measured: 95 against
-    205 GFLOP/s); lower precisions go to oneDNN anyway.
-    """
-    if device.type == "cpu" and dtype is torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def _linear_for(weight: Tensor) -> Linear:
+    """The matrix product for [N, in] x [out, in]^T on this weight's device; see `dapo.model.linear`."""
+    if uses_onednn(weight):
         product = torch.ops.mkldnn._linear_pointwise
         return lambda x, weight, bias: product(x, weight, bias, "none", [], "")
     return F.linear
@@ -166,7 +163,7 @@ class Decoder:
         self.embed, self.norm, self.rotary, self.head = text.embed_tokens, text.norm, text.rotary_emb, head
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.axes = 3 if multimodal else 1
-        self.linear = fast_linear(self.device, self.dtype)
+        self.linear = _linear_for(head.weight)
         self.layers = [_Layer(layer, text.config, self.linear) for layer in text.layers]
         self.refresh()
 

@@ -43,6 +43,7 @@ class VllmEngine:
         tensor_parallel: ranks that share this engine. Above 1 each of them makes one with the same arguments inside a
             running process group and gets the same requests (vLLM's external launcher).
         separate_process: run the engine core in its own process; weights then go through shared memory.
+        chunked_prefill: on accelerators; vLLM on CPU cannot, with a seed per request.
         max_images: per prompt.
 
     Raises:
@@ -79,7 +80,7 @@ class VllmEngine:
             "max_num_seqs": max_num_seqs,
             "tensor_parallel_size": tensor_parallel,
             "enable_expert_parallel": expert_parallel,
-            "enable_chunked_prefill": chunked_prefill,
+            "enable_chunked_prefill": chunked_prefill and self.platform != "cpu",
             "enforce_eager": eager,
             # After temperature, top-k, top-p and bans: what the token was really drawn from.
             "logprobs_mode": "processed_logprobs",
@@ -95,6 +96,9 @@ class VllmEngine:
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.platform == "cpu":
             arguments["kv_cache_memory_bytes"] = kv_cache_mib * 2**20
+            # A prompt prefilled in part takes back its request's random number, which CPU generators cannot
+            # ("CPU Generator does not use offset", 0.32): so prompts are prefilled whole there.
+            arguments["max_num_batched_tokens"] = max(4096, max_model_len)
         else:
             arguments["gpu_memory_utilization"] = memory_share
             arguments["enable_sleep_mode"] = True
