@@ -27,6 +27,7 @@ from dapo.errors import DapoError, DataError, WeightsError
 log = logging.getLogger(__name__)
 
 _REQUEST_S = 30.0
+_SMALL_BYTES = 2**20
 _HEX = frozenset("0123456789abcdef")
 _T = TypeVar("_T")
 
@@ -119,7 +120,7 @@ class HubRepo:
                 self._import_from_client(commit, files, partial_folder)
                 self._refuse_offline(commit, files, partial_folder)
                 # What is inspected first is what is small: configuration, index, tokenizer.
-                small = [f for f in files if f.sha256 is None]
+                small = [f for f in files if f.size < _SMALL_BYTES]
                 self._transfer(commit).run(small, partial_folder, quiet)
                 inspect(partial_folder)
                 self._transfer(commit).run(files, partial_folder, progress)

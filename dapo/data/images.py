@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, ImageOps
 
 from dapo.errors import DataError
 
+IMAGE_MARKER = "<image>"
+"""Where an image stands in a question's text; without any marker the images come first."""
 MAX_PIXELS = 64 * 2**20
 """Larger images are refused before they are decoded: a small file can unpack into gigabytes."""
 MAX_BYTES = 64 * 2**20
@@ -33,8 +37,8 @@ def decode_image(data: bytes) -> Image.Image:
         DataError: not an image, damaged, or beyond the limits.
     """
     image = _open(data)
-    _load(image)
-    return image.convert("RGB")
+    with _decoding(image):
+        return image.convert("RGB")
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -54,9 +58,10 @@ def normalise_image(data: bytes) -> bytes:
         DataError: not an image, damaged, or beyond the limits.
     """
     image = _open(data)
-    turned = image.getexif().get(_ORIENTATION, 1) != 1
-    frames, file_format = getattr(image, "n_frames", 1), image.format
-    _load(image)
+    file_format = image.format
+    with _decoding(image):
+        image.load()
+        frames, turned = getattr(image, "n_frames", 1), image.getexif().get(_ORIENTATION, 1) != 1
     if (
         file_format in _KEPT_FORMATS
         and image.mode in _KEPT_MODES
@@ -102,9 +107,10 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image) -> None:
+@contextmanager
+def _decoding(image: Image.Image) -> Iterator[None]:
     try:
-        image.load()
+        yield
     except Exception as error:  # decoders raise what they like on hostile bytes
         raise DataError(f"damaged {image.format} image ({_reason(error)})") from None
 

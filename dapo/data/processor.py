@@ -15,16 +15,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dapo import torchvision_cpu
-from dapo.data.images import decode_image, image_size
+from dapo.data.images import IMAGE_MARKER, decode_image, image_size
+from dapo.data.model_files import generation_config, load_config, load_processor
 from dapo.errors import DataError, WeightsError
 from dapo.types import Prompt
 
 if TYPE_CHECKING:
     import torch
-
-IMAGE_MARKER = "<image>"
-"""Where an image stands in a question's text; without any marker the images come first."""
 
 Grid = tuple[int, int, int]
 
@@ -49,8 +46,8 @@ class PromptProcessor:
 
     def __init__(self, weights_folder: Path | str, *, cache_mib: int = 256) -> None:
         self.folder = Path(weights_folder)
-        self._config = _load_config(self.folder)
-        self._tokenizer, self._image_processor, self._template = _load_processor(self.folder, self._config)
+        self._config = load_config(self.folder)
+        self._tokenizer, self._image_processor, self._template = load_processor(self.folder, self._config)
         self._pixels: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._pixel_bytes, self._max_pixel_bytes = 0, cache_mib * 2**20
         self._grid_of_size = lru_cache(maxsize=65536)(self._measure)
@@ -176,7 +173,7 @@ class PromptProcessor:
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's own first, then those of generation_config.json."""
-        ids = [self._tokenizer.eos_token_id, *_as_list(_generation_config(self.folder).get("eos_token_id"))]
+        ids = [self._tokenizer.eos_token_id, *_as_list(generation_config(self.folder).get("eos_token_id"))]
         return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
     @cached_property
@@ -286,39 +283,6 @@ class PromptProcessor:
                 f"{self.folder}: the tokenizer's <|image_pad|> is {placeholder}, config.json's image_token_id is "
                 f"{self.image_token_id}; the files are not of one model, fetch the folder again"
             )
-
-
-def _load_config(folder: Path) -> Any:
-    torchvision_cpu.install()
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{folder}/config.json cannot be read: {error}") from None
-
-
-def _load_processor(folder: Path, config: Any) -> tuple[Any, Any, str | None]:
-    """Tokenizer, image processor (None for a text-only model) and chat template."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    sees = getattr(config, "vision_config", None) is not None
-    loader = AutoProcessor if sees else AutoTokenizer
-    try:
-        loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = "processor" if sees else "tokenizer"
-        raise WeightsError(f"{folder}: the model's {what} cannot be loaded: {error}") from None
-    if not sees:
-        return loaded, None, loaded.chat_template
-    return loaded.tokenizer, loaded.image_processor, loaded.chat_template or loaded.tokenizer.chat_template
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -18,14 +18,14 @@ from dapo.errors import DapoError
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called as (what, done, total); `what` names the unit, for example "rows of train" or "bytes of org/name"."""
+Progress = Callable[[int, int, str], None]
+"""Called as (done, total, what); `what` names the unit, for example "rows" or "bytes of model org/name"."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _WAIT_S = 10.0
 
 
-def quiet(what: str, done: int, total: int) -> None:
+def quiet(done: int, total: int, what: str) -> None:
     """Progress that nobody watches."""
 
 

@@ -80,7 +80,7 @@ class Transfer:
             nonlocal done
             with guard:
                 done = max(0, min(done + count, total))
-                progress(f"bytes of {self.label}", done, total)
+                progress(done, total, f"bytes of {self.label}")
 
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             fetches = [pool.submit(self._fetch, f, parts[f.path], arrived, stop) for f in missing]

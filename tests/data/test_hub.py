@@ -17,12 +17,19 @@ from tests.data.hub_server import Fault, Hub, Repo
 REPO = "org/model"
 # The client hands on what it received in chunks of 10 MiB: a break must come later than that to leave a part.
 LARGE = random.Random(0).randbytes(13 * 2**20)
-FILES = {"config.json": b'{"model_type": "qwen3"}', "sub/model.safetensors": LARGE}
+SMALL = LARGE[: 2**20]
+FILES = {"config.json": b'{"model_type": "qwen3"}', "sub/model.safetensors": SMALL}
+LARGE_FILES = FILES | {"sub/model.safetensors": LARGE}
 
 
 @pytest.fixture
 def repo(hub: Hub) -> Repo:
     return hub.add("models", REPO, FILES)
+
+
+@pytest.fixture
+def large_repo(hub: Hub) -> Repo:
+    return hub.add("models", REPO, LARGE_FILES)
 
 
 def client(hub: Hub, cache: Path, revision: str = "main", name: str = REPO) -> HubRepo:
@@ -72,27 +79,27 @@ def test_second_fetch_downloads_nothing(hub: Hub, repo: Repo, tmp_path: Path) ->
     folder = fetch(hub, tmp_path)
     before = hub.bytes_sent("/cdn/*")
     assert fetch(hub, tmp_path) == folder
-    assert hub.bytes_sent("/cdn/*") == before == len(LARGE)
+    assert hub.bytes_sent("/cdn/*") == before == len(SMALL)
 
 
-def test_broken_connection_is_continued_where_it_broke(hub: Hub, repo: Repo, tmp_path: Path) -> None:
+def test_broken_connection_is_continued_where_it_broke(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
     hub.faults = [Fault("/cdn/*", break_after=11 * 2**20)]
-    assert content(fetch(hub, tmp_path)) == FILES
+    assert content(fetch(hub, tmp_path)) == LARGE_FILES
     starts = [r.start for r in hub.requests if r.path.startswith("/cdn/")]
     assert starts == [0, 10 * 2**20]
 
 
-def test_part_left_by_a_killed_process_is_continued(hub: Hub, repo: Repo, tmp_path: Path) -> None:
-    part = client(hub, tmp_path).folder / f"{repo.commit}.partial" / "sub" / "model.safetensors.part"
+def test_part_left_by_a_killed_process_is_continued(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
+    part = client(hub, tmp_path).folder / f"{large_repo.commit}.partial" / "sub" / "model.safetensors.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(LARGE[: 9 * 2**20])
-    assert content(fetch(hub, tmp_path)) == FILES
+    assert content(fetch(hub, tmp_path)) == LARGE_FILES
     assert hub.bytes_sent("/cdn/*") == len(LARGE) - 9 * 2**20
 
 
-def test_server_that_ignores_ranges_gives_a_whole_file_all_the_same(hub: Hub, repo: Repo, tmp_path: Path) -> None:
+def test_server_that_ignores_ranges_gives_a_whole_file_all_the_same(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
     hub.faults = [Fault("/cdn/*", break_after=11 * 2**20), Fault("/cdn/*", ignore_range=True)]
-    assert content(fetch(hub, tmp_path)) == FILES
+    assert content(fetch(hub, tmp_path)) == LARGE_FILES
 
 
 @pytest.mark.parametrize("path", ["/api/*", "*/config.json", "/cdn/*"])
@@ -131,7 +138,7 @@ def test_two_processes_download_once(hub: Hub, repo: Repo, tmp_path: Path) -> No
     folders = {run.communicate(timeout=60)[0] for run in runs}
     assert [run.returncode for run in runs] == [0, 0]
     assert len(folders) == 1
-    assert hub.bytes_sent("/cdn/*") == len(LARGE)
+    assert hub.bytes_sent("/cdn/*") == len(SMALL)
 
 
 def test_commit_is_resolved_anew_when_the_branch_moves(hub: Hub, repo: Repo, tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ def test_commit_is_resolved_anew_when_the_branch_moves(hub: Hub, repo: Repo, tmp
     second = fetch(hub, tmp_path)
     assert first != second
     assert (second / "config.json").read_bytes() == b"{}"
-    assert hub.bytes_sent("/cdn/*") == 2 * len(LARGE)
+    assert hub.bytes_sent("/cdn/*") == 2 * len(SMALL)
 
 
 def test_unreachable_hub_leaves_what_was_fetched_usable(hub: Hub, repo: Repo, tmp_path: Path) -> None:
@@ -227,15 +234,16 @@ def test_repository_that_lists_files_outside_of_itself_is_refused(hub: Hub, tmp_
         fetch(hub, tmp_path)
 
 
-def test_progress_counts_bytes_up_to_the_total(hub: Hub, repo: Repo, tmp_path: Path) -> None:
+def test_progress_counts_bytes_up_to_the_total(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
     hub.faults = [Fault("/cdn/*", break_after=11 * 2**20)]
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[int, int, str]] = []
     asked = client(hub, tmp_path)
     commit = asked.resolve()
     asked.snapshot(commit, asked.files(commit), progress=lambda *call: calls.append(call))
-    done = [call[1] for call in calls]
+    done = [call[0] for call in calls]
     assert done == sorted(done)
-    assert calls[-1] == (f"bytes of model {REPO}", sum(map(len, FILES.values())), sum(map(len, FILES.values())))
+    total = sum(map(len, LARGE_FILES.values()))
+    assert calls[-1] == (total, total, f"bytes of model {REPO}")
 
 
 def test_who_waits_for_a_download_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
