@@ -30,6 +30,14 @@ def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) ->
     return validate(tree, str(path))
 
 
+def override(config: RunConfig, overrides: Iterable[str] | Mapping[str, Any]) -> RunConfig:
+    """The configuration with dotted overrides, as in `load`; raises ConfigError."""
+    tree = config.model_dump(mode="json")
+    for key, value in _parse(overrides).items():
+        _set(tree, key, value)
+    return validate(tree)
+
+
 def validate(tree: Mapping[str, Any], where: str = "configuration") -> RunConfig:
     """Build the tree's model; every problem in one ConfigError, one line each."""
     try:

@@ -97,6 +97,12 @@ def find_local(config: RunConfig) -> Dashboard | None:
     return None if head is None else _answers(place, head)
 
 
+def local_pids(config: RunConfig) -> list[int]:
+    """Processes of the local head of `run_root` and everything it runs."""
+    head = _remembered(state_folder(config))
+    return [] if head is None else [process.pid for process in processes.family(head.mark)]
+
+
 def leave(config: RunConfig) -> list[processes.Process]:
     """End the local head where this process was its last living user, and everything it runs, the job too.
 

@@ -220,6 +220,13 @@ def finished(run: RunFolder) -> Event | None:
     return last if last is not None and last.kind == "ended" and last.data["status"] == "finished" else None
 
 
+def already_finished(config: RunConfig) -> int | None:
+    """The step at which this run reached its configured end and may be taken as done; None where there is work."""
+    end = finished(RunFolder.of(config))
+    done = end is not None and end.step >= config.train.steps and config.train.resume == "auto"
+    return end.step if end is not None and done else None
+
+
 def _last_start(journal: Path) -> int:
     return max((behind for event, behind in follow(journal) if event.kind == "started"), default=0)
 

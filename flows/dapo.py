@@ -1,0 +1,97 @@
+"""The flow `dapo`: data and weights, a look at the machine, training as a Ray job, a report.
+
+dapo run configs/geo3k_tiny.yaml            here and now
+python -m flows.dapo --help                 the same
+prefect deployment run dapo/geo3k-tiny      by a Prefect worker
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from dapo.config import io
+from dapo.config.run import RunConfig
+from dapo.errors import DapoError
+from dapo.runtime.training import already_finished
+from tasks import inputs
+from tasks.cached import CachedStage
+from tasks.fetch_weights import fetch_weights
+from tasks.find_cluster import find_cluster
+from tasks.prepare_dataset import prepare_dataset
+from tasks.report import report
+from tasks.train import train
+from tasks.validate_environment import validate_environment
+
+Overrides = dict[str, Any] | list[str] | None
+
+
+def resolve(config_path: str, overrides: Overrides = None, config: RunConfig | None = None) -> RunConfig:
+    """The configuration that the flow's parameters mean; raises ConfigError."""
+    if config is None:
+        return io.load(config_path, overrides or ())
+    return io.override(config, overrides or ())
+
+
+def run_name() -> str:
+    """Name of a flow run: model, run, data and time."""
+    now = f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    given = dict(flow_run.parameters)
+    if given.get("config") is not None:
+        given["config"] = RunConfig.model_validate(given["config"])
+    try:
+        config = resolve(**given)
+    except DapoError:
+        return f"not-valid-{now}"
+    source = config.model.source
+    model = source.repo if source.kind == "hub" else source.path if source.kind == "folder" else source.kind
+    return f"{Path(model).name}-{config.name}-{config.data.source.kind}-{now}"
+
+
+def stop_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """On cancellation, in a process of the worker's: the flow's own may have been killed before it stopped the job."""
+    from tasks.train import stop_running_job
+
+    stop_running_job(resolve(**flow_run.parameters))
+
+
+@flow(name="dapo", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_job])
+def dapo(
+    config_path: str = "configs/geo3k_tiny.yaml", overrides: Overrides = None, config: RunConfig | None = None
+) -> Any:
+    """Train a vision-language model with DAPO.
+
+    Args:
+        config_path: YAML file, relative to the worker's working directory.
+        overrides: dotted keys on top of the file, for example {"train.steps": 5}.
+        config: a whole configuration instead of the file; the overrides apply to it too.
+    """
+    run = resolve(config_path, overrides, config)
+    validate_environment(run, "machine")
+    to_train = already_finished(run) is None
+    try:
+        cluster = find_cluster.submit(run) if to_train else None
+        dataset = CachedStage(prepare_dataset, run.data)
+        model = CachedStage(fetch_weights, run.model.source, run.data.cache_dir)
+        data, weights = dataset.result(), model.result()
+    finally:
+        inputs.abort_all()
+    if cluster is not None:
+        cluster.result()
+    validate_environment(run, "inputs", data, weights, on_cluster=to_train)
+    status = train(run, data, weights)
+    report(run)
+    return Cancelled(message="stopped with a checkpoint; run again to go on") if status == "stopped" else status
+
+
+if __name__ == "__main__":
+    from dapo.cli import main
+
+    sys.exit(main(["run", *sys.argv[1:]], prog="python -m flows.dapo"))

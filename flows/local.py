@@ -1,0 +1,124 @@
+"""`dapo run`: the flow in this process, with everything it needs started early and ended afterwards.
+
+A first run waits longest for the warm-up of the tiny model, Ray needs ten seconds, Prefect's server too: all of them,
+and the preparation of data, begin at once and are found running by the tasks that need them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dapo.config.run import RunConfig
+from dapo.errors import EnvironmentCheckError
+from dapo.plan import checks
+from dapo.plan.check import failed, table, verdict
+from dapo.runtime import cluster
+from dapo.runtime.training import already_finished
+from flows.server import prefect_server
+from tasks import inputs, progress
+
+log = logging.getLogger("dapo.flows")
+
+
+def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[progress.Stage], None]) -> str:
+    """Run the flow `dapo` to its end; nothing that was started here is left running.
+
+    Args:
+        config: the run.
+        parameters: of the flow, meaning this configuration.
+        watcher: told how far each stage is.
+
+    Returns:
+        finished | stopped
+
+    Raises:
+        DapoError: what the flow raised.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has ended.
+    """
+    found = checks.machine(config)
+    if failed(found):
+        raise EnvironmentCheckError(f"{config.name} cannot run here ({verdict(found)}):\n{table(found)}")
+    progress.watchers.append(watcher)
+    try:
+        with _signals(), prefect_server(Path(config.run_root).resolve() / ".prefect") as server, _early(config):
+            from flows.dapo import (
+                dapo,  # Prefect reads its settings when it is imported: not before the server is chosen
+            )
+
+            if server is not None:
+                progress.tell(progress.Stage("prefect", "running", words="temporary server"))
+                server.wait()
+                progress.tell(progress.Stage("prefect", "done", words=server.api))
+            state: Any = dapo(**parameters, return_state=True)
+            if state.is_cancelled():
+                return "stopped"
+            return str(state.result(raise_on_failure=True))
+    finally:
+        progress.watchers.remove(watcher)
+
+
+@contextmanager
+def _early(config: RunConfig) -> Iterator[None]:
+    """Ray, data and weights begin now; Ray ends with us where nobody else uses it."""
+    cluster.use_while_running()
+    starting = threading.Thread(target=_start_ray, args=(config,), daemon=True, name="starts-ray")
+    starting.start()
+    inputs.begin("weights", config.model.source, Path(config.data.cache_dir))
+    inputs.begin("data", config.data, Path(config.data.cache_dir))
+    try:
+        yield
+    finally:
+        # From here on an impatient second Ctrl-C must not leave anything behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        inputs.abort_all()
+        starting.join()
+        for process in cluster.leave(config):
+            log.warning("process %d of Ray could not be ended", process.pid)
+
+
+def _start_ray(config: RunConfig) -> None:
+    try:
+        if already_finished(config) is None:
+            cluster.connect(config)
+    except EnvironmentCheckError:
+        log.info("the task find_cluster tries again, and tells")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM is answered like Ctrl-C; Ctrl-C works also where a script started us in the background."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def output_kept_in(path: Path) -> Iterator[tuple[int, int]]:
+    """What libraries print on standard output and error goes to a file; yields the real ones as file descriptors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    real = os.dup(1), os.dup(2)
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield real
+        finally:
+            for number, descriptor in zip((1, 2), real, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

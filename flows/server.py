@@ -1,0 +1,142 @@
+"""The Prefect server a run here uses: the configured one where it answers, else a temporary one that ends with us."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dapo.errors import EnvironmentCheckError
+from dapo.runtime.cluster import free_port
+from dapo.runtime.environment import NO_PHONE_HOME
+
+START_DEADLINE_S = 120.0
+# What `prefect` itself gives its temporary servers, and a memory of what it registered, so that it starts faster again.
+_EPHEMERAL = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+
+
+def configured_api() -> str | None:
+    """The API that `prefect` commands here would use: environment, prefect.toml, profile; without importing Prefect."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url
+    with contextlib.suppress(OSError, tomllib.TOMLDecodeError):
+        if url := tomllib.loads(Path("prefect.toml").read_text()).get("api", {}).get("url"):
+            return str(url)
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    with contextlib.suppress(OSError, tomllib.TOMLDecodeError):
+        told = tomllib.loads((home / "profiles.toml").read_text())
+        active = os.environ.get("PREFECT_PROFILE", told.get("active", ""))
+        if url := told.get("profiles", {}).get(active, {}).get("PREFECT_API_URL"):
+            return str(url)
+    return None
+
+
+def answers(api: str | None) -> bool:
+    """Whether a healthy Prefect server is there."""
+    if not api:
+        return False
+    try:
+        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=2.0) as answer:
+            return answer.status == 200 and json.loads(answer.read()) is True
+    except (OSError, ValueError):
+        return False
+
+
+class TemporaryServer:
+    """A server of our own on a free loopback port, with its database in `home`; begins to start at once.
+
+    Args:
+        home: becomes PREFECT_HOME; where another run uses it now, a folder for this run only is used instead.
+        environment: is changed so that a Prefect imported later uses this server.
+    """
+
+    def __init__(self, home: Path, environment: Any = os.environ) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self._lock = (home / "lock").open("w")
+        self._own_home: str | None = None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Two servers on one SQLite file lock each other out.
+            self._own_home = tempfile.mkdtemp(prefix="prefect-", dir=home.parent)
+            home = Path(self._own_home)
+        port = free_port()
+        self.api, self.log = f"http://127.0.0.1:{port}/api", home / "server.log"
+        environment.update(
+            {
+                **NO_PHONE_HOME,
+                "PREFECT_HOME": str(home),
+                "PREFECT_API_URL": self.api,
+                "PREFECT_LOCAL_STORAGE_PATH": str(home.parent / ".results"),
+                "PREFECT_MEMO_STORE_PATH": str(home / "memo_store.toml"),
+                "PREFECT_LOGGING_TO_API_ENABLED": "false",
+            }
+        )
+        with self.log.open("w") as output:
+            app = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error")
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "dapo.runtime.leash",
+                    "uvicorn",
+                    *app,
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(port),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**environment, **_EPHEMERAL},
+                start_new_session=True,  # a Ctrl-C of the terminal is answered by us
+            )
+
+    def wait(self) -> None:
+        """Return once it answers."""
+        end_at = time.monotonic() + START_DEADLINE_S
+        while not answers(self.api):
+            if self._process.poll() is not None or time.monotonic() > end_at:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
+                raise EnvironmentCheckError(
+                    f"the temporary Prefect server did not start within {START_DEADLINE_S:.0f} s; see {self.log}. "
+                    f"Its last words:\n{tail}"
+                )
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._lock.close()
+        if self._own_home:
+            shutil.rmtree(self._own_home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[TemporaryServer | None]:
+    """The temporary server, still starting (call its `wait`), or None where the configured one answers."""
+    if answers(configured_api()):
+        os.environ.update(NO_PHONE_HOME)
+        yield None
+        return
+    server = TemporaryServer(home)
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,37 @@
+"""Stages whose result is kept: skipped where the same was made before by the same code, and it is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, get_run_logger
+
+from tasks.progress import Stage, tell
+
+
+class CachedStage:
+    """A task run whose result is a folder; begins at once, in parallel with others.
+
+    Args:
+        stage: a task with a cache key made of content and code.
+        arguments: given to it.
+    """
+
+    def __init__(self, stage: Task[..., str], *arguments: Any) -> None:
+        self.stage, self.arguments = stage, arguments
+        self._future = stage.submit(*arguments)
+
+    def result(self) -> str:
+        """The folder; made again where the cache remembers one that somebody removed."""
+        path = self._future.result()
+        if self._future.state.name != "Cached":
+            return path
+        log = get_run_logger()
+        if not Path(path).is_dir():
+            log.warning("%s: %s was made before but is gone; it is made again", self.stage.name, path)
+            return self.stage.with_options(refresh_cache=True)(*self.arguments)
+        reason = f"the same configuration and code made {path} before"
+        log.info("%s skipped: %s", self.stage.name, reason)
+        tell(Stage(self.stage.name, "skipped", words=reason))
+        return path

@@ -1,0 +1,169 @@
+"""Data and weights are made in processes of their own: they load torch, and the flow's process stays light.
+
+Parent and child speak in JSON lines over the child's standard output. The child ends when its standard input closes,
+so it does not outlive a parent that was killed. Asked twice for the same thing, the parent has one child: whoever wants
+a head start calls `begin` early and lets the task wait for it later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from dapo import errors
+from dapo.config.data import DataConfig
+from dapo.config.model import ModelSource
+from dapo.errors import DapoError
+from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.leash import end_with_parent
+
+Kind = Literal["data", "weights"]
+Progress = Callable[[int, int, str], None]
+
+_TOLD_EVERY_S = 0.5
+
+
+class Making:
+    """A child process that makes one thing."""
+
+    def __init__(self, kind: Kind, settings: str, cache: Path) -> None:
+        self.kind = kind
+        self._answer: dict[str, Any] = {}
+        self._latest: tuple[int, int, str] | None = None
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as the child)
+        env = dict(os.environ) | NO_PHONE_HOME
+        if kind == "weights":
+            # The warm-up of a tiny model is the longest thing a first run waits for: all cores, but no spinning while
+            # another process has one of them.
+            env |= {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "tasks.inputs", kind, str(cache)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=env,
+            start_new_session=True,  # a Ctrl-C of the terminal is answered by the parent
+        )
+        assert self._child.stdin is not None
+        self._child.stdin.write(settings + "\n")
+        self._child.stdin.flush()
+        self._reader = threading.Thread(target=self._read, daemon=True, name=f"reads-{kind}")
+        self._reader.start()
+
+    def wait(self, progress: Progress) -> Path:
+        """The folder that was made; raises the child's DapoError again."""
+        shown = None
+        while self._reader.is_alive():
+            if self._latest is not None and self._latest != shown:
+                shown = self._latest
+                progress(*shown)
+            self._reader.join(0.2)
+        code = self._child.wait()
+        if "path" in self._answer:
+            return Path(self._answer["path"])
+        if "error" in self._answer:
+            kind = getattr(errors, self._answer["error"], DapoError)
+            raise kind(self._answer["message"])
+        self._errors.seek(0)
+        told = self._errors.read().strip()
+        raise RuntimeError(f"making {self.kind} ended with code {code} and no result. Its last words:\n{told[-2000:]}")
+
+    def abort(self) -> None:
+        """End the child; what it had begun is removed by its next start."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(3)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            try:
+                told = json.loads(line)
+            except ValueError:
+                continue  # a library printed something
+            if "done" in told:
+                self._latest = (told["done"], told["total"], told["words"])
+            else:
+                self._answer = told
+
+
+_made: dict[tuple[Kind, str], Making] = {}
+_lock = threading.Lock()
+
+
+def begin(kind: Kind, settings: DataConfig | ModelSource, cache: Path) -> Making:
+    """Start making it, or return the child that does so already."""
+    text = settings.model_dump_json()
+    with _lock:
+        if (kind, text) not in _made:
+            _made[kind, text] = Making(kind, text, cache)
+        return _made[kind, text]
+
+
+def abort_all() -> None:
+    """End all children and forget them."""
+    with _lock:
+        for making in _made.values():
+            making.abort()
+        _made.clear()
+
+
+def make(kind: Kind, settings: str, cache: Path, progress: Progress) -> Path:
+    """The child's work: call the library."""
+    if kind == "data":
+        from dapo.data.prepare import prepare
+
+        return prepare(DataConfig.model_validate_json(settings), cache, progress)
+    source = TypeAdapter(ModelSource).validate_json(settings)
+    if source.kind == "tiny":
+        from dapo.data.tiny import make_tiny, tiny_key
+
+        return make_tiny(source, cache / "weights" / f"tiny-{tiny_key(source)}", progress)
+    from dapo.data.fetch import fetch_weights
+
+    return fetch_weights(source, cache, progress)
+
+
+def main(argv: list[str]) -> int:
+    """Child: settings on standard input, progress and result on standard output."""
+    kind, cache = argv
+    settings = sys.stdin.readline()
+    end_with_parent()
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the errors
+    last = 0.0
+
+    def say(**told: Any) -> None:
+        channel.write(json.dumps(told) + "\n")
+        channel.flush()
+
+    def progress(done: int, total: int, words: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > _TOLD_EVERY_S or done == total:
+            last = time.monotonic()
+            say(done=done, total=total, words=words)
+
+    try:
+        say(path=str(make("data" if kind == "data" else "weights", settings, Path(cache), progress).resolve()))
+    except DapoError as error:
+        say(error=type(error).__name__, message=str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

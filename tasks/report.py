@@ -1,0 +1,38 @@
+"""The last stage: one page about the run, in its folder, in Prefect and in MLflow."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from dapo.config.run import RunConfig
+from dapo.observe.layout import RunFolder
+from tasks.progress import Stage, artifact_key, best_effort, tell
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def report(config: RunConfig) -> str:
+    """Absolute path of the page. Safe to repeat."""
+    from dapo.observe.journal import read
+    from dapo.observe.report import summary, write_report
+    from dapo.observe.shipper import log_artifacts
+
+    folder = RunFolder.of(config)
+    tell(Stage("report", "running"))
+    page = write_report(folder)
+    told = summary(list(read(folder.journal)))
+    lines = [f"| {name} | {value} |" for name, value in told.items()]
+    best_effort(
+        create_markdown_artifact,
+        "\n".join([f"# {folder.id}", "", "| | |", "|---|---|", *lines]),
+        key=artifact_key("summary", folder.id),
+    )
+    best_effort(create_link_artifact, page.as_uri(), link_text="report", key=artifact_key("report", folder.id))
+    try:
+        log_artifacts(folder, config, page)
+    except Exception as error:
+        # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the page is on disk whatever it says.
+        get_run_logger().warning("MLflow did not take the report: %s: %s", type(error).__name__, error)
+    tell(Stage("report", "done", words=str(page)))
+    return str(page)

@@ -1,0 +1,187 @@
+"""The training stage: the Ray job is submitted, or found running; its journal becomes task runs, artifacts and events.
+
+Training needs nothing of this: killed here, it goes on there, and the next flow run continues where this one stopped
+reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
+
+from dapo.config import io
+from dapo.config.run import RunConfig
+from dapo.observe import manifest
+from dapo.observe.journal import Event, follow
+from dapo.observe.layout import RunFolder
+from tasks.progress import ProgressBar, Stage, tell
+from tasks.record import alarm_raised, log_checkpoint, record_validation
+from tasks.watch import CancelWatcher, LogStream
+
+STOP_GRACE_S = 25.0
+"""A checkpoint's chance before the job is killed: Prefect kills a cancelled flow's process after 30 s."""
+
+
+@task(task_run_name="train-{config.name}", cache_policy=NO_CACHE, persist_result=False)
+def train(config: RunConfig, data: str, weights: str) -> str:
+    """Train to the configured end; returns `finished` or `stopped`.
+
+    Call it directly (not `.submit`): then signals and time limits reach it in the main thread.
+
+    Args:
+        config: the run.
+        data: folder of prepared data.
+        weights: Hugging Face folder.
+    """
+    from dapo.observe.shipper import Shipper
+    from dapo.runtime.cluster import connect
+    from dapo.runtime.training import TrainingJob, already_finished
+
+    log = get_run_logger()
+    folder = make_folder(config, Path(data), Path(weights))
+    records = _Records(folder, config)
+    shipper = Shipper(folder, config).start()
+    try:
+        if end := already_finished(config):
+            log.info("skipped: %s finished step %d, and nothing that decides it has changed", folder.id, end)
+            tell(Stage("train", "skipped", words=f"{folder.id} finished step {end} before"))
+            for event, offset in follow(folder.journal, records.offset):
+                records.take(event, offset)
+            return "finished"
+        job = TrainingJob(connect(config), folder, config)
+        if job.start():
+            log.info("submitted %s to %s", job.id, job.cluster.address)
+        else:
+            log.info("%s runs already on %s; it is followed", job.id, job.cluster.address)
+        return _follow(job, records, log)
+    finally:
+        records.finish()
+        if not shipper.close():
+            log.warning("MLflow has not got everything; the next run of this configuration sends the rest")
+
+
+def stop_running_job(config: RunConfig) -> None:
+    """End this run's job, wherever it was submitted from; nothing happens where none runs."""
+    from dapo.runtime.cluster import connect, find_local
+    from dapo.runtime.training import TrainingJob
+
+    cluster = connect(config) if config.ray.address else find_local(config)
+    if cluster is None:
+        return
+    job = TrainingJob(cluster, RunFolder.of(config), config)
+    if found := job.running():
+        job.id = found
+        job.kill()
+
+
+def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
+    """The run's folder with what the job reads: resolved configuration, inputs, manifest."""
+    folder = RunFolder.of(config)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    io.save(config, folder.config)
+    folder.inputs.write_text(json.dumps({"data": str(data.resolve()), "weights": str(weights.resolve())}))
+    manifest.write(folder, data, weights)
+    return folder
+
+
+def _follow(job: Any, records: _Records, log: Any) -> str:
+    """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
+    stream = LogStream(records.folder.job_log, log)
+    stop = _Stop(job)
+    with CancelWatcher(flow_run.id) as watch:
+
+        def idle() -> None:
+            stream.pump()
+            if watch.cancelled.is_set():
+                stop.press("the flow run was cancelled")
+
+        try:
+            return _take_all(job, records, idle, watch.cancelled.is_set)
+        except KeyboardInterrupt:
+            _take_all(job, records, lambda: stop.press("interrupted by the user"), lambda: True)
+            raise
+        except TerminationSignal:
+            # A stopping worker sends the same signal as a cancelled run; only the latter ends the training.
+            if watch.cancelled.is_set() or watch.ask():
+                _take_all(job, records, lambda: stop.press("the flow run was cancelled"), lambda: True)
+            raise
+        finally:
+            job.keep_output()
+
+
+def _take_all(job: Any, records: _Records, idle: Callable[[], None], asked_to_stop: Callable[[], bool]) -> str:
+    status = "stopped"
+    for event, offset in job.follow(records.offset, idle, asked_to_stop):
+        records.take(event, offset)
+        if event.kind == "ended":
+            status = str(event.data["status"])
+    return status
+
+
+class _Stop:
+    """Asks the job for a checkpoint and an end, again and again; after a while it is killed."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+        self._pressed_at: float | None = None
+
+    def press(self, reason: str) -> None:
+        if self._pressed_at is None:
+            self._pressed_at = time.monotonic()
+            tell(Stage("train", "running", words="stopping: waiting for a checkpoint"))
+        self.job.request_stop(reason)
+        if time.monotonic() - self._pressed_at > STOP_GRACE_S:
+            self.job.kill()
+            self._pressed_at = time.monotonic()
+
+
+@dataclass
+class _Records:
+    """Journal events as Prefect task runs, each once: the place reached is kept in the run's folder."""
+
+    folder: RunFolder
+    config: RunConfig
+    offset: int = 0
+    _pending: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._place = self.folder.root / "prefect.json"
+        if self._place.exists():
+            self.offset = json.loads(self._place.read_text())["offset"]
+        self._bar = ProgressBar("train", self.folder.id)
+
+    def take(self, event: Event, offset: int) -> None:
+        run, data = str(self.folder.root), event.data
+        match event.kind:
+            case "validation":
+                given = {"metrics": data["metrics"], "table": data["table"], "best": data.get("best", False)}
+                self._pending.append(record_validation.submit(run, event.step, **given, offset=offset))
+            case "checkpoint":
+                given = {"path": data["path"], "metrics": data["metrics"], "best": data["best"]}
+                self._pending.append(log_checkpoint.submit(run, event.step, **given, offset=offset))
+            case "alarm":
+                get_run_logger().warning("step %d: %s: %s", event.step, data["name"], data["message"])
+                alarm_raised(self.folder, event.step, data["name"], data["message"])
+            case "step":
+                self._bar(event.step, self.config.train.steps, f"step {event.step} of {self.config.train.steps}")
+            case "started":
+                get_run_logger().info("attempt %d starts at step %d", data["attempt"], event.step)
+        self.offset = offset
+        partial = self._place.with_suffix(".partial")
+        partial.write_text(json.dumps({"offset": offset}))
+        os.replace(partial, self._place)
+
+    def finish(self) -> None:
+        for future in self._pending:
+            future.wait(timeout=120)
+        self._bar.close()

@@ -1,0 +1,87 @@
+"""What may end a training from outside: a cancelled flow run, a signal. And the job's log on its way to Prefect."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+log = logging.getLogger("dapo.tasks")
+
+_LINES, _PER_S = 40, 10.0
+
+
+class CancelWatcher:
+    """Asks for our own flow run's state: the worker's way to tell us is lost when worker or server die in between.
+
+    Args:
+        flow_run_id: None outside of a flow: then nothing is ever cancelled.
+        every_s: seconds between two questions.
+    """
+
+    def __init__(self, flow_run_id: str | None, every_s: float = 5.0) -> None:
+        self.flow_run_id, self.every_s = flow_run_id, every_s
+        self.cancelled = threading.Event()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="cancel-watcher")
+
+    def __enter__(self) -> CancelWatcher:
+        if self.flow_run_id:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
+    def ask(self) -> bool:
+        """Whether the flow run is cancelled or about to be; raises what the client raises."""
+        from prefect.client.orchestration import get_client
+
+        if not self.flow_run_id:
+            return False
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(self.flow_run_id)).state
+        return state is not None and state.type.value in ("CANCELLING", "CANCELLED")
+
+    def _loop(self) -> None:
+        while not self._end.wait(self.every_s):
+            try:
+                if self.ask():
+                    self.cancelled.set()
+                    return
+            except Exception as error:
+                # httpx', Prefect's and pydantic's errors: the server is away, and is asked again.
+                log.debug("the flow run's state is not known: %s", error)
+
+
+class LogStream:
+    """Passes a growing log file on, line by line, at most so many lines in so many seconds."""
+
+    def __init__(self, path: Path, logger: Any) -> None:
+        self.path, self.logger = path, logger
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._window, self._sent, self._left_out = time.monotonic(), 0, 0
+
+    def pump(self) -> None:
+        """Send what was written since the last call; the rest of a flood is counted, not sent."""
+        if time.monotonic() - self._window > _PER_S:
+            self._window, self._sent = time.monotonic(), 0
+            if self._left_out:
+                self.logger.info("%d lines more in %s", self._left_out, self.path)
+                self._left_out = 0
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                if self._sent < _LINES:
+                    self._sent += 1
+                    self.logger.info("%s", line.decode(errors="replace").rstrip())
+                else:
+                    self._left_out += 1
