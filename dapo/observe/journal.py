@@ -32,7 +32,7 @@ class Event:
         validation: metrics {name: number}, table (path of samples, relative to the run folder)
         checkpoint: path (relative), metrics, best (bool), seconds
         alarm: name, message
-        ended: status (finished | stopped | failed), reason
+        ended: status (finished | stopped | failed), reason; error (class name) where it failed
     """
 
     kind: Kind

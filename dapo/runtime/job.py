@@ -20,6 +20,8 @@ from typing import Any
 
 import ray
 
+from dapo.algo.flops import ModelFlops
+from dapo.algo.packing import CostModel
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError, DataError
@@ -44,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         return train(folder, io.load(folder.config), journal)
     except DapoError as error:
         log.error("%s", error)
-        journal.append("ended", _last_step(folder), status="failed", reason=str(error))
+        journal.append("ended", _last_step(folder), status="failed", reason=str(error), error=type(error).__name__)
         return 1
     except Exception as error:
         log.error("%s", traceback.format_exc())
         reason = f"unexpected {type(error).__name__}: {error} (trace in {folder.job_log.name})"
-        journal.append("ended", _last_step(folder), status="failed", reason=reason)
+        journal.append("ended", _last_step(folder), status="failed", reason=reason, error=type(error).__name__)
         return 1
 
 
@@ -95,6 +97,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             prompts,
             held_out,
             Text(text.stop_token_ids, text.banned_token_ids, text.decode_many),
+            cost=cost_model(weights),
         )
         status = controller.run()
     workers.close()
@@ -131,6 +134,13 @@ def load_prompts(config: RunConfig, data: Path, weights: Path) -> tuple[list[Any
         return list(found.prompts)
 
     return split("train", None), split(settings.validation_split, config.validation.max_prompts), processor
+
+
+def cost_model(weights: Path) -> CostModel | None:
+    """What balances packs: FLOPs of the model in `weights`; None (tokens) for a family whose layers are not known."""
+    told = json.loads((weights / "config.json").read_text())
+    flops = ModelFlops.of(told["model_type"], told.get("text_config", told), told.get("vision_config"))
+    return CostModel.of(flops) if flops else None
 
 
 def _last_step(folder: RunFolder) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from dapo import torchvision_cpu
 from dapo.config.run import RunConfig
-from dapo.errors import DapoError, EngineError, EnvironmentCheckError
+from dapo.errors import DapoError, EngineError, EnvironmentCheckError, TrainingError
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, PackPlan, Prompt, SamplingParams, TrainBatch
 
@@ -37,6 +38,7 @@ class Worker:
 
     def start(self, rendezvous: str, weights: str) -> dict[str, Any]:
         """Join the process group, load the weights, start the engine."""
+        torchvision_cpu.install()  # before the imports below bring in transformers
         from dapo.data.processor import PromptProcessor
         from dapo.rollout.checks import make_engine
         from dapo.train.fsdp_policy import FsdpPolicy
@@ -145,7 +147,7 @@ class Workers:
                 raise cause from error
             raise
         except RayActorError as error:
-            raise EnvironmentCheckError(f"a worker process died during {what}: {error}") from error
+            raise TrainingError(f"a worker process died during {what}: {error}") from error
 
     def close(self) -> None:
         for actor in self.actors:
