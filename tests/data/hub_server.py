@@ -29,6 +29,8 @@ class Fault:
     """Answer with this status instead."""
     break_after: int | None = None
     """Close the connection after so many bytes of the body."""
+    stall_after: int | None = None
+    """Send nothing more after so many bytes of the body, and keep the connection."""
     corrupt: bool = False
     """Send other bytes of the same length."""
     ignore_range: bool = False
@@ -75,6 +77,7 @@ class Hub:
         self.endpoint = ""
         self.content_host = ""
         """Where large files come from: to a client another host, that must not be shown the token."""
+        self.closing = threading.Event()
         self._guard = threading.Lock()
 
     def add(self, kind: str, name: str, files: dict[str, bytes]) -> Repo:
@@ -114,6 +117,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -219,11 +223,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.fault.break_after if self.fault and self.fault.break_after is not None else len(data)
+        cuts = [self.fault.break_after, self.fault.stall_after] if self.fault else []
+        cut = min([len(data), *(c for c in cuts if c is not None)])
         try:
             self.wfile.write(data[:cut])
         except OSError:
             return  # the client went away
-        self.seen.sent = min(cut, len(data))
+        self.seen.sent = cut
         if cut < len(data):
+            if self.fault and self.fault.stall_after is not None:
+                self.hub.closing.wait(60)
             self.close_connection = True

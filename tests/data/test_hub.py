@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,42 @@ def test_part_left_by_a_killed_process_is_continued(hub: Hub, large_repo: Repo, 
     part.write_bytes(LARGE[: 9 * 2**20])
     assert content(fetch(hub, tmp_path)) == LARGE_FILES
     assert hub.bytes_sent("/cdn/*") == len(LARGE) - 9 * 2**20
+
+
+def test_killed_download_is_continued_by_the_next_run(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
+    hub.faults = [Fault("/cdn/*", stall_after=12 * 2**20)]
+    part = client(hub, tmp_path).folder / f"{large_repo.commit}.partial" / "sub" / "model.safetensors.part"
+    env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-c", script(tmp_path)], env=env)
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size):
+        assert time.monotonic() < deadline, "the download did not begin"
+        time.sleep(0.02)
+    run.kill()
+    run.wait(10)
+    begun = part.stat().st_size
+    assert content(fetch(hub, tmp_path)) == LARGE_FILES
+    assert [r.start for r in hub.requests if r.path.startswith("/cdn/")] == [0, begun]
+
+
+def test_connection_that_falls_silent_is_given_up_and_continued(
+    hub: Hub, large_repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    hub.faults = [Fault("/cdn/*", stall_after=12 * 2**20)]
+    assert content(fetch(hub, tmp_path)) == LARGE_FILES
+
+
+def test_disk_that_fills_up_on_the_way_is_one_sentence(hub: Hub, repo: Repo, tmp_path: Path) -> None:
+    # The kernel refuses to let a file grow further: for the writer the same as a disk that is full.
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n" + script(tmp_path)
+    env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", limited], env=env, capture_output=True, text=True, timeout=60)
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("dapo.errors.WeightsError: no room left while writing model org/model")
+    assert "set data.cache_dir to a larger disk" in last
 
 
 def test_server_that_ignores_ranges_gives_a_whole_file_all_the_same(hub: Hub, large_repo: Repo, tmp_path: Path) -> None:
