@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[logging.StreamHandler(), logging.FileHandler(folder.job_log)],
     )
-    signal.signal(signal.SIGTERM, lambda *_: folder.stop_request.write_text("the job received SIGTERM\n"))
     journal = Journal(folder.journal)
     try:
         return train(folder, io.load(folder.config), journal)
@@ -76,6 +75,8 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     from dapo.runtime.workers import RayEngine, RayPolicy, Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    # After ray.init, which puts a handler of its own there.
+    signal.signal(signal.SIGTERM, lambda *_: folder.stop_request.write_text("the job received SIGTERM\n"))
     workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
     loading = workers.begin(weights)
 
