@@ -33,8 +33,6 @@ def check_completion(completion: Completion, vocab_size: int, banned: Collection
     low, high = min(completion.token_ids), max(completion.token_ids)
     if low < 0 or high >= vocab_size:
         raise EngineError(f"the engine returned token {low if low < 0 else high}; the vocabulary has {vocab_size} ids")
-    if banned and not set(banned).isdisjoint(completion.token_ids):
-        raise EngineError(f"the engine sampled {set(banned).intersection(completion.token_ids)}, which is banned")
     # NaN fails both comparisons. An engine may round a certain token's log-probability to just above zero.
     if not all(-math.inf < value <= 1e-3 for value in completion.logprobs):
         wrong = next(v for v in completion.logprobs if not -math.inf < v <= 1e-3)
@@ -42,6 +40,8 @@ def check_completion(completion: Completion, vocab_size: int, banned: Collection
             f"the engine returned log-probability {wrong} for a token it sampled: its weights or its cache are damaged "
             "(NaN), or its sampler is broken"
         )
+    if banned and not set(banned).isdisjoint(completion.token_ids):
+        raise EngineError(f"the engine sampled {set(banned).intersection(completion.token_ids)}, which is banned")
 
 
 def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, float], *, tolerance: float = 1e-6) -> None:

@@ -1,0 +1,114 @@
+"""Garbage is refused, and the proof after a sync names the first wrong tensor."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from dapo.config.run import RunConfig
+from dapo.errors import ConfigError, EngineError
+from dapo.rollout.checks import (
+    check_completion,
+    check_probe,
+    choose_engine,
+    compare_fingerprints,
+    make_engine,
+    probe_gap,
+)
+from dapo.types import Completion, FinishReason
+
+
+def completion(ids: tuple[int, ...], logprobs: tuple[float, ...]) -> Completion:
+    return Completion(ids, logprobs, FinishReason.STOP, 0)
+
+
+def test_a_response_in_order_passes() -> None:
+    check_completion(completion((0, 9), (-0.5, 0.0)), 10, banned=(5,))
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "message"),
+    [
+        ((), (), "0 tokens with 0"),
+        ((1, 2), (-1.0,), "2 tokens with 1"),
+        ((1, 10), (-1.0, -1.0), "token 10; the vocabulary has 10"),
+        ((-1, 3), (-1.0, -1.0), "token -1"),
+        ((1, 2), (-1.0, -math.inf), "log-probability -inf"),
+        ((1, 2), (math.nan, -1.0), "log-probability nan"),
+        ((1, 2), (-1.0, 0.5), r"log-probability 0\.5"),
+        ((1, 5), (-1.0, -1.0), r"\{5\}, which is banned"),
+    ],
+)
+def test_garbage_is_refused(ids: tuple[int, ...], logprobs: tuple[float, ...], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        check_completion(completion(ids, logprobs), 10, banned=(5,))
+
+
+def test_equal_fingerprints_pass_whatever_the_order_of_addition() -> None:
+    compare_fingerprints(trainer={"a": 1.0, "b": 0.0}, engine={"b": 0.0, "a": 1.0 + 1e-12, "tied": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"a": 1.0, "c": 2.0}, "no tensor b"),
+        ({"a": 1.0, "b": 2.001, "c": 9.0}, "b did not arrive.*first wrong tensor"),
+        ({"a": 1.0, "b": math.nan, "c": 9.0}, "b did not arrive"),
+        ({}, "empty"),
+    ],
+)
+def test_the_first_wrong_tensor_is_named(engine: dict[str, float], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        compare_fingerprints(trainer={"a": 1.0, "b": 2.0, "c": 2.0}, engine=engine)
+
+
+def test_probe_gap_is_the_mean_over_all_tokens() -> None:
+    gap = probe_gap([[-1.0, -2.0], [-3.0]], [[-1.5, -2.0], [-2.0]])
+    assert (gap.mean, gap.largest, gap.tokens) == (0.5, 1.0, 3)
+    assert probe_gap([[math.nan]], [[-1.0]]).mean == math.inf
+
+
+def test_probe_without_tokens_proves_nothing() -> None:
+    with pytest.raises(EngineError, match="no tokens"):
+        probe_gap([], [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "cause"), [(-1.0001, None), (-1.05, "image features"), (-4.0, "other weights"), (math.nan, "NaN")]
+)
+def test_probe_says_what_the_size_of_the_gap_points_at(ours: float, cause: str | None) -> None:
+    gap = probe_gap([[ours]], [[-1.0]])
+    if cause is None:
+        check_probe(gap, 1e-3, after="wake-up")
+        return
+    with pytest.raises(EngineError, match=f"after weight sync to version 3.*{cause}"):
+        check_probe(gap, 1e-3, after="weight sync to version 3")
+
+
+def test_auto_takes_vllm_only_with_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert [choose_engine("auto", kind) for kind in ("cpu", "cuda", "npu")] == ["transformers", "vllm", "vllm"]
+    assert choose_engine("vllm", "cpu") == "vllm"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_engine("auto", "cuda") == "transformers"
+
+
+@pytest.mark.parametrize(("device", "remedy"), [("cpu", "make install-vllm"), ("cuda", "gpu"), ("npu", "ascend")])
+def test_missing_vllm_is_one_sentence_with_the_remedy(
+    device: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"rollout.engine=vllm.*{remedy}"):
+        choose_engine("vllm", device)
+
+
+def test_make_engine_takes_dtype_and_limits_from_the_configuration(folder_of, processor_of) -> None:
+    config = RunConfig.model_validate({"rollout": {"engine": "transformers", "max_num_seqs": 32, "kv_cache_mib": 8}})
+    folder: Path = folder_of("text")
+    engine = make_engine(config, folder, processor_of("text"), "cpu")
+    weights = {str(t.dtype) for t in engine._weights.values()}  # type: ignore[attr-defined]
+    assert weights == {"torch.bfloat16"}  # the model's compute dtype
+    assert (engine.max_num_seqs, engine.kv_cache_bytes) == (32, 8 * 2**20)  # type: ignore[attr-defined]
