@@ -11,6 +11,7 @@ from pathlib import Path
 from dapo.errors import ConfigError, DapoError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+_DEFAULT = "configs/geo3k_tiny.yaml"
 _OVERRIDES = "dotted keys over the file, for example train.steps=5 model.optimizer.lr=2e-6"
 
 
@@ -23,7 +24,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "dapo") -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return EXIT_FAILED if isinstance(error, _Unexpected) else EXIT_REFUSED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -37,7 +37,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         description="Run the flow `dapo`: prepare data and weights, check the machine, train, report. Run again with "
         "the same configuration it goes on where it stopped and skips what is done. Ctrl-C stops it with a checkpoint.",
     )
-    run.add_argument("config", help="YAML file, for example configs/geo3k_tiny.yaml")
+    run.add_argument("config", nargs="?", default=_DEFAULT, help="YAML file (default: %(default)s)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     run.set_defaults(command=_run)
 
@@ -88,14 +88,20 @@ def _add_run(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from dapo.config import io
     from dapo.observe.layout import RunFolder
+    from dapo.plan import checks
+    from dapo.plan.check import refuse
 
+    if "=" in arguments.config:  # overrides alone
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = _DEFAULT
     config = io.load(arguments.config, arguments.overrides)
-    folder = RunFolder.of(config)
+    refuse(config.name, checks.machine(config))
     from rich.console import Console
 
     from dapo.terminal import LiveView, closing
     from flows.local import output_kept_in, run_here
 
+    folder = RunFolder.of(config)
     log = folder.root / "flow.log"
     derived = ", ".join(f"{name} {value}" for name, value in config.derived().items())
     with output_kept_in(log) as (out, _), open(out, "w", closefd=False) as terminal:
@@ -105,7 +111,10 @@ def _run(arguments: argparse.Namespace) -> int:
         view.start()
         try:
             status = run_here(config, {"config_path": arguments.config, "overrides": arguments.overrides}, view.stage)
-        except (DapoError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from the last checkpoint", markup=False)
+            raise
+        except DapoError:
             raise
         except Exception as error:
             import traceback

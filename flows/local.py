@@ -17,8 +17,6 @@ from typing import Any
 
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
-from dapo.plan import checks
-from dapo.plan.check import failed, table, verdict
 from dapo.runtime import cluster
 from dapo.runtime.training import already_finished
 from flows.server import prefect_server
@@ -42,9 +40,6 @@ def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[p
         DapoError: what the flow raised.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has ended.
     """
-    found = checks.machine(config)
-    if failed(found):
-        raise EnvironmentCheckError(f"{config.name} cannot run here ({verdict(found)}):\n{table(found)}")
     progress.watchers.append(watcher)
     try:
         with _signals(), prefect_server(Path(config.run_root).resolve() / ".prefect") as server, _early(config):

@@ -10,9 +10,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
-from dapo.errors import EnvironmentCheckError
 from dapo.plan import checks
-from dapo.plan.check import Check, failed, table, verdict
+from dapo.plan.check import Check, refuse, verdict
 from tasks.progress import Stage, artifact_key, best_effort, tell
 
 
@@ -42,7 +41,7 @@ def validate_environment(
             log.warning("%s", check)
     rows = [{"status": c.status, "check": c.name, "reason": c.reason, "remedy": c.remedy} for c in found]
     best_effort(create_table_artifact, rows, key=artifact_key("environment", of), description=f"{config.name}: {of}")
-    _refuse(config, found)
+    refuse(config.name, found)
     tell(Stage("validate_environment", "done", words=verdict(found)))
     return found
 
@@ -51,8 +50,3 @@ def _cluster(config: RunConfig) -> Sequence[Check]:
     from dapo.runtime.cluster import connect, local_pids
 
     return checks.cluster(config, connect(config).nodes(), local_pids(config))
-
-
-def _refuse(config: RunConfig, found: Sequence[Check]) -> None:
-    if failed(found):
-        raise EnvironmentCheckError(f"{config.name} cannot run here ({verdict(found)}):\n{table(found)}")

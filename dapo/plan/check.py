@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dapo.errors import EnvironmentCheckError
+
 Status = Literal["ok", "warn", "fail", "skip"]
 _ORDER = {"fail": 0, "warn": 1, "ok": 2, "skip": 3}
 
@@ -57,6 +59,12 @@ def verdict(checks: Sequence[Check]) -> str:
         f"{count['skip']} not checked" if count["skip"] else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def refuse(name: str, checks: Sequence[Check]) -> None:
+    """Raise EnvironmentCheckError with the whole table where a check failed."""
+    if failed(checks):
+        raise EnvironmentCheckError(f"{name} cannot run here ({verdict(checks)}):\n{table(checks)}")
 
 
 def table(checks: Iterable[Check], width: int = 110) -> str:
