@@ -13,6 +13,7 @@ from dapo.types import Scored
 
 _ANSWER_LINE = re.compile(r"answer\s*:\s*(\S[^\n]*)", re.IGNORECASE)
 _HASHES_LINE = re.compile(r"####[ \t]*(\S[^\n]*)")
+_BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s{$][^\n$]*)")
 _EMPHASIS = re.compile(r"^[*_\s]+|[*_\s]+$")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
 
@@ -24,8 +25,10 @@ def answer_line(response: str, answer: str) -> Scored:
 
 
 def boxed(response: str, answer: str) -> Scored:
-    """MATH: the last complete box, whatever stands around it."""
+    """MATH: the last complete box, whatever stands around it; ``\\boxed 48`` counts to the end of its line."""
     box = last_boxed(response)
+    if box is None:
+        box = _last(_BARE_BOX, response)
     return _scored(box, answer, has_form=box is not None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from decimal import Context, Decimal, DecimalException, DivisionByZero, InvalidOperation, Overflow, localcontext
 from fractions import Fraction
 from functools import lru_cache
@@ -27,6 +28,11 @@ DEGREE = Context(prec=DIGITS).divide(PI, 180)
 _CONTEXT = Context(prec=DIGITS, Emax=9999, Emin=-9999, traps=[Overflow, DivisionByZero, InvalidOperation])
 
 
+def precision() -> AbstractContextManager[Context]:
+    """The decimal context that values are worked out in."""
+    return localcontext(_CONTEXT)
+
+
 def value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
     """The value to about `DIGITS` digits, with `constants` put in for the names they hold.
 
@@ -36,7 +42,7 @@ def value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
     Raises:
         Undefined: it has no real value or is beyond the limits.
     """
-    with localcontext(_CONTEXT):
+    with precision():
         try:
             return _value(expression, constants)
         except DecimalException as error:
@@ -45,7 +51,7 @@ def value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
 
 def close(a: Decimal, b: Decimal, scale: Fraction) -> bool:
     """Whether scale * a and b agree to the tolerance."""
-    with localcontext(_CONTEXT):
+    with precision():
         a *= _decimal(scale)
         return abs(a - b) <= TOLERANCE * max(abs(a), abs(b), Decimal(1))
 
