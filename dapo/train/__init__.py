@@ -1,1 +1,6 @@
-"""The training engine: FSDP2 policy, packing, log-probabilities, checkpoints."""
+"""Training behind one door, `policy.Policy`: FSDP2, packing to tensors, optimiser, state. Knows no Ray."""
+
+from dapo import torchvision_cpu
+
+# transformers' model files import torchvision; modules of this room may import them in any order.
+torchvision_cpu.install()
