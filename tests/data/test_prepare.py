@@ -307,3 +307,14 @@ def test_prepared_folder_contacts_nobody(tmp_path: Path, hub: Hub) -> None:
     env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "cache")], env=env, timeout=60, check=True)
     assert hub.requests == []
+
+
+def test_naming_the_data_loads_neither_torch_nor_transformers() -> None:
+    # The flow's process asks for the key; it must stay light.
+    code = (
+        "import sys; from dapo.config.data import DataConfig; from dapo.data.prepare import data_key\n"
+        "data_key(DataConfig())\n"
+        "sys.stdout.write(' '.join({'torch', 'transformers', 'datasets'} & {*sys.modules}))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert out.stdout == ""
