@@ -2,7 +2,7 @@
 
     buffer.begin_step(policy_version)
     while (size := buffer.next_round_size()) > 0:
-        buffer.add(score(generate(loader.take(size))))
+        buffer.add(score(generate([p for p in loader.take(size) if buffer.asks(p.id)])))
     groups = buffer.take()
 
 A group is kept iff 0 < #correct < G. Kept groups leave in the order in which they came; what a step does not need waits
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import math
+import random
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from dapo.types import RolloutGroup
 
 # The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.
 HALF_LIFE = 6.0
+
+# However often a prompt's groups agreed, it is asked again with at least probability revisit ** this.
+MOST_AGREED = 4
 
 
 class Verdict(enum.StrEnum):
@@ -91,6 +95,8 @@ class SamplingReport:
     """Of these, checked without a failure."""
     right: int
     """Of these, correct: right / judged is the policy's accuracy on the training prompts, before any filter."""
+    skipped: int
+    """Prompts passed over because their groups agreed the last times (`revisit` below 1 only)."""
     carried_in: int
     """Kept groups of earlier steps that were still fresh."""
     expired: int
@@ -102,7 +108,7 @@ class SamplingReport:
     waiting: int
     """Kept groups in the buffer now."""
     keep_rate: float
-    """Measured, recent steps weigh most."""
+    """Kept groups per prompt (asked or passed over); recent steps weigh most."""
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {verdict.value.replace('_', ' ')}" for verdict, count in self.verdicts.items())
@@ -127,6 +133,8 @@ class GroupBuffer:
         self._kept_weight = self._seen_weight = 0.0
         self._verdicts: Counter[Verdict] = Counter()
         self._count: Counter[str] = Counter()
+        self._skipped = 0  # since the last round
+        self._agreed: dict[str, tuple[int, int]] = {}  # prompt id -> (agreed in a row, passed over since)
 
     def __len__(self) -> int:
         """Kept groups waiting to be trained on."""
@@ -138,7 +146,7 @@ class GroupBuffer:
 
     @property
     def keep_rate(self) -> float:
-        """Kept groups per generated one, recent ones weigh most; 1/2 before anything was measured, never 0 or 1."""
+        """Kept groups per prompt, recent ones weigh most; 1/2 before anything was measured, never 0 or 1."""
         return (self._kept_weight + 1) / (self._seen_weight + 2)
 
     @property
@@ -162,8 +170,18 @@ class GroupBuffer:
         self._verdicts.clear()
         self._waiting = deque(fresh)
 
+    def asks(self, prompt_id: str) -> bool:
+        """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""
+        agreed, passed_over = self._agreed.get(prompt_id, (0, 0))
+        chance = self.config.revisit ** min(agreed, MOST_AGREED)
+        if chance == 1 or random.Random(f"{prompt_id}/{agreed}/{passed_over}").random() < chance:
+            return True
+        self._agreed[prompt_id] = agreed, passed_over + 1
+        self._skipped += 1
+        return False
+
     def next_round_size(self) -> int:
-        """Prompts to ask in the next round; 0: ask no more, `take` what there is."""
+        """Prompts to take for the next round; 0: take no more, `take` the groups that there are."""
         missing = self.prompts_per_step - len(self) - self._count["taken"]
         if not self.config.enabled:
             return 0 if self._verl and self._count["rounds"] else max(missing, 0)
@@ -183,8 +201,7 @@ class GroupBuffer:
         """One round's judged groups in order of generation; keeps those with a signal and returns all verdicts."""
         groups = list(groups)
         verdicts = [self._verdict(group) for group in groups]
-        kept = [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT]
-        self._waiting.extend(kept)
+        self._waiting.extend(g for g, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT)
         self._verdicts.update(verdicts)
         responses = [r for group in groups for r in group.rollouts]
         self._count.update(
@@ -194,10 +211,24 @@ class GroupBuffer:
             judged=sum(not r.failed for r in responses),
             right=sum(r.correct for r in responses),
         )
-        decay = 0.5 ** (len(groups) / (HALF_LIFE * self.prompts_per_step))
-        self._kept_weight = self._kept_weight * decay + len(kept)
-        self._seen_weight = self._seen_weight * decay + len(groups)
+        self._remember(groups, verdicts)
         return verdicts
+
+    def _remember(self, groups: list[RolloutGroup], verdicts: list[Verdict]) -> None:
+        """What is learned of a round: the keep rate, and which prompts' groups agreed."""
+        kept, seen = verdicts.count(Verdict.KEPT), len(groups) + self._skipped
+        decay = 0.5 ** (seen / (HALF_LIFE * self.prompts_per_step))
+        self._kept_weight = self._kept_weight * decay + kept
+        self._seen_weight = self._seen_weight * decay + seen
+        self._count["skipped"] += self._skipped
+        self._skipped = 0
+        if self.config.revisit == 1:
+            return
+        for group, verdict in zip(groups, verdicts, strict=True):
+            if verdict is Verdict.KEPT:
+                self._agreed.pop(group.prompt.id, None)
+            elif verdict is not Verdict.FAILED:
+                self._agreed[group.prompt.id] = self._agreed.get(group.prompt.id, (0, 0))[0] + 1, 0
 
     def _verdict(self, group: RolloutGroup) -> Verdict:
         # The rival keeps a group of one, whose advantage is its reward.
@@ -232,13 +263,22 @@ class GroupBuffer:
 
     def report(self) -> SamplingReport:
         """This step so far."""
-        names = ("rounds", "generated", "responses", "judged", "right", "carried_in", "expired", "taken", "dropped")
+        count = self._count
         return SamplingReport(
             stage=self.stage,
+            rounds=count["rounds"],
+            generated=count["generated"],
             verdicts={verdict: self._verdicts[verdict] for verdict in Verdict},
+            responses=count["responses"],
+            judged=count["judged"],
+            right=count["right"],
+            skipped=count["skipped"],
+            carried_in=count["carried_in"],
+            expired=count["expired"],
+            taken=count["taken"],
+            dropped=count["dropped"],
             waiting=len(self),
             keep_rate=self.keep_rate,
-            **{name: self._count[name] for name in names},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +288,8 @@ class GroupBuffer:
             "keep_rate": [self._kept_weight, self._seen_weight],
             "verdicts": {verdict.value: count for verdict, count in self._verdicts.items()},
             "counts": dict(self._count),
+            "skipped": self._skipped,
+            "agreed": {prompt_id: list(counts) for prompt_id, counts in self._agreed.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,3 +297,5 @@ class GroupBuffer:
         self._kept_weight, self._seen_weight = state["keep_rate"]
         self._verdicts = Counter({Verdict(name): count for name, count in state["verdicts"].items()})
         self._count = Counter(state["counts"])
+        self._skipped = state["skipped"]
+        self._agreed = {prompt_id: (agreed, passed) for prompt_id, (agreed, passed) in state["agreed"].items()}

@@ -71,6 +71,7 @@ def _sampling_metrics(sampling: SamplingReport, trained_responses: int, response
     return {
         **counts,
         "groups/generated": sampling.generated,
+        "groups/skipped": sampling.skipped,
         "groups/trained": sampling.taken,
         "groups/rounds": sampling.rounds,
         "groups/carried_in": sampling.carried_in,
