@@ -141,4 +141,3 @@ def test_flops_agree(case: Case) -> None:
     if flops is not None:
         rate = flops.training(given["seqlens"], given["images_seqlens"] or ()) / given["delta_time_s"] / 1e12
     assert_matches({"estimated_tflops_per_s": rate}, case.out, DOUBLE)
-
