@@ -86,6 +86,10 @@ class RunFolder:
         (base64 PNG), tags."""
         return self.root / "validation" / f"step-{step:06d}.jsonl"
 
+    def validation_results(self, step: int) -> Path:
+        """Verdicts on every prompt, as `dapo.eval.results` writes them."""
+        return self.root / "validation" / f"step-{step:06d}.results.jsonl"
+
     @property
     def report(self) -> Path:
         return self.root / "report.html"

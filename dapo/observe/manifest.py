@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ PACKAGES = (
     "pydantic",
 )
 
+TRAINING_CODE = ("algo", "config", "data", "device.py", "model", "rewards", "rollout", "runtime", "train")
+"""Rooms of the package that decide what is learned."""
+
 
 def write(folder: RunFolder, data: Path, weights: Path) -> dict[str, Any]:
     """Collect and write `manifest.json`; an existing one is kept (a resumed run is the same run)."""
@@ -33,7 +38,7 @@ def write(folder: RunFolder, data: Path, weights: Path) -> dict[str, Any]:
         return read(folder)
     content = {
         "run_id": folder.id,
-        "code": code_state(Path(__file__).parent),
+        "code": code_state(Path(__file__).parent) | {"digest": code_digest()},
         "packages": versions(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -75,6 +80,17 @@ def code_state(where: Path) -> dict[str, str]:
         return {"commit": git("rev-parse", "HEAD").strip(), "uncommitted": git("diff", "HEAD")}
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def code_digest(rooms: Sequence[str] = TRAINING_CODE) -> str:
+    """16 hex digits of the code in these rooms of the package, committed or not."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for room in rooms:
+        place = package / room
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _source_of(folder: Path) -> dict[str, Any]:

@@ -36,15 +36,34 @@ def tracking_uri(config: RunConfig) -> str:
     return config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
+def connect(uri: str) -> MlflowClient:
+    """A client that gives up within seconds, not minutes, where MLflow is away."""
+    # MLflow's own default is to try seven times over four minutes inside one call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)  # create_external_model knows no other way
+    return mlflow.MlflowClient(uri)
+
+
+def experiment_id(client: MlflowClient, config: RunConfig) -> str:
+    """The configured experiment, made where there is none; on SQLite its artifacts lie in `run_root`."""
+    name = config.mlflow.experiment
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = tracking_uri(config).startswith("sqlite:")
+    place = f"{Path(config.run_root).resolve() / 'mlartifacts'}" if local else None
+    return str(client.create_experiment(name, artifact_location=place))
+
+
 class Shipper:
     """Sends one run's journal to MLflow; `start` does so in a thread until `close`."""
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         self.folder, self.config, self.uri = folder, config, tracking_uri(config)
-        # MLflow's own default is to try seven times over four minutes inside one call.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._client: MlflowClient | None = None
         self._state: dict[str, Any] = json.loads(folder.mlflow.read_text()) if folder.mlflow.exists() else {"offset": 0}
         if self._state.get("tracking_uri", self.uri) != self.uri:
@@ -128,25 +147,17 @@ class Shipper:
 
     def _connected(self) -> tuple[MlflowClient, str]:
         if self._client is None:
-            import mlflow
-
-            mlflow.set_tracking_uri(self.uri)  # create_external_model knows no other way
-            self._client = mlflow.MlflowClient(self.uri)
+            self._client = connect(self.uri)
         if self.run_id is None:
             self._state |= {"tracking_uri": self.uri, "run_id": self._find_or_create(self._client)}
             self._remember()
         return self._client, self._state["run_id"]
 
     def _find_or_create(self, client: MlflowClient) -> str:
-        name, folder = self.config.mlflow.experiment, self.folder
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            local = self.uri.startswith("sqlite:")
-            place = f"{Path(self.config.run_root).resolve() / 'mlartifacts'}" if local else None
-            experiment = client.get_experiment(client.create_experiment(name, artifact_location=place))
+        folder, experiment = self.folder, experiment_id(client, self.config)
         # The manifest is written once: its time tells a run from one started again after its folder was removed.
         key = folder.manifest.stat().st_mtime_ns
-        found = client.search_runs([experiment.experiment_id], f"tags.`dapo.run_key` = '{folder.id}/{key}'")
+        found = client.search_runs([experiment], f"tags.`dapo.run_key` = '{folder.id}/{key}'")
         if found:
             return str(found[0].info.run_id)
         told = manifest.read(folder)
@@ -157,7 +168,7 @@ class Shipper:
             "mlflow.source.git.commit": told.get("code", {}).get("commit", ""),
             **{f"package.{n}": v for n, v in told.get("packages", {}).items()},
         }
-        run_id = str(client.create_run(experiment.experiment_id, run_name=folder.id, tags=tags).info.run_id)
+        run_id = str(client.create_run(experiment, run_name=folder.id, tags=tags).info.run_id)
         self._describe(client, run_id, told)
         return run_id
 
@@ -177,7 +188,7 @@ class Shipper:
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _table(self, client: MlflowClient, run_id: str, event: Event) -> None:
-        """Validation answers with their pictures, as a table of MLflow's."""
+        """Validation answers with their pictures, as a table of MLflow's, and the verdicts on all prompts."""
         artifact = f"validation/step-{event.step:06d}.json"
         path = self.folder.root / event.data["table"]
         if not path.exists() or any(a.path == artifact for a in client.list_artifacts(run_id, "validation")):
@@ -186,6 +197,9 @@ class Shipper:
         from mlflow import Image
         from PIL import Image as Pillow
 
+        results = self.folder.validation_results(event.step)
+        if results.exists():
+            client.log_artifact(run_id, str(results), "validation")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             images = row.pop("images", [])
@@ -238,9 +252,7 @@ class Shipper:
 def log_artifacts(folder: RunFolder, config: RunConfig, *files: Path) -> None:
     """Add finished files (report, plots) to the run's MLflow artifacts."""
     state = json.loads(folder.mlflow.read_text())
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking_uri(config))
+    client = connect(tracking_uri(config))
     for file in files:
         client.log_artifact(state["run_id"], str(file))
 
