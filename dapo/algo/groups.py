@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dapo.algo.records import group_from_plain, group_to_plain
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
+from dapo.records import group_from_plain, group_to_plain
 from dapo.types import RolloutGroup
 
 # The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.

@@ -29,7 +29,7 @@ class Chart:
 CHARTS = (
     Chart(
         "Accuracy",
-        (("val/accuracy", "held-out"), ("reward/accuracy", "sampled for training")),
+        (("val/accuracy", "held-out"), ("groups/accuracy", "sampled for training")),
         "share right",
         note="The band is the 95 % interval over held-out prompts.",
         band=("val/accuracy_low", "val/accuracy_high"),

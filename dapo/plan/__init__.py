@@ -1,1 +1,1 @@
-"""Before anything is held: checks of the environment and the plan of a run."""
+"""What is planned and checked before a device is touched: the environment, and the packs of a step. No torch."""

@@ -24,7 +24,6 @@ from dapo.algo.batch import build_train_batch, judged, subtract_kl
 from dapo.algo.groups import GroupBuffer
 from dapo.algo.health import Health
 from dapo.algo.kl import KlController
-from dapo.algo.packing import CostModel, plan_packs
 from dapo.config.run import RunConfig
 from dapo.data.loader import PromptLoader
 from dapo.errors import EngineError, RewardError, RunStopped, StarvationError
@@ -32,6 +31,7 @@ from dapo.eval.validate import summarise, table_rows
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
 from dapo.observe.metrics import speed_metrics, step_metrics
+from dapo.plan.packing import CostModel, plan_packs
 from dapo.runtime import checkpoints
 from dapo.train.policy import Policy, UpdateResult
 from dapo.types import Completion, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -73,7 +73,6 @@ class Counters:
     """Groups generated so far."""
     responses: int = 0
     """Responses generated for training so far, whether they were trained on or not."""
-    starved_steps: int = 0
     best_accuracy: float = -1.0
     """Of all validations."""
 
@@ -181,9 +180,12 @@ class Controller:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""
         self.buffer.begin_step(self.at.policy_version)
         while (size := self.buffer.next_round_size()) > 0:
-            indices = self.loader.take(size)
-            if not indices:
+            offered = self.loader.take(size)
+            if not offered:
                 break
+            indices = [i for i in offered if self.buffer.asks(self.prompts[i].id)]
+            if not indices:
+                continue
             groups = self.generate([self.prompts[i] for i in indices], self.training_sampling(), "generate")
             self.at.responses += sum(len(g.rollouts) for g in groups)
             self._stop_on_broken_reward(groups)

@@ -20,13 +20,13 @@ from typing import Any
 
 import ray
 
-from dapo.algo.flops import ModelFlops
-from dapo.algo.packing import CostModel
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError, DataError
 from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
+from dapo.plan.flops import ModelFlops
+from dapo.plan.packing import CostModel
 
 log = logging.getLogger("dapo.job")
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from benchmarks.dynamic_sampling import constant, simulate, swinging
 from dapo.algo.groups import GroupBuffer, Stage, Verdict, judge
-from dapo.algo.records import group_from_plain, group_to_plain
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
+from dapo.records import group_from_plain, group_to_plain
 from dapo.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup, Scored, TimedOut, Truncated
 from tests.records import group
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo.algo.flops import ModelFlops
-from dapo.algo.packing import CostModel, plan_packs
-from dapo.algo.partition import balanced_partition, fill_bins, micro_batches
 from dapo.errors import DataError
+from dapo.plan.flops import ModelFlops
+from dapo.plan.packing import CostModel, plan_packs
+from dapo.plan.partition import balanced_partition, fill_bins, micro_batches
 from dapo.types import Pack, PackPlan, TrainBatch, TrainGroup, TrainSequence
 from tests.records import prompt
 

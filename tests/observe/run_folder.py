@@ -29,7 +29,7 @@ def make(root: Path, **tree: object) -> tuple[RunFolder, RunConfig, Journal]:
     for step in range(1, STEPS + 1):
         metrics = {
             "reward/mean": 0.5 + step / 10,
-            "reward/accuracy": 0.4 + step / 10,
+            "groups/accuracy": 0.4 + step / 10,
             "train/entropy": 1.0 / step,
             "groups/kept": 3.0,
             "groups/all_right": 1.0,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from dapo.algo.partition import Parts, balanced_partition, fill_bins, micro_batches
 from dapo.errors import DataError
+from dapo.plan.partition import Parts, balanced_partition, fill_bins, micro_batches
 from tests.parity.cases import Case
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dapo.algo.flops import ModelFlops
 from dapo.eval.estimate import bootstrap, over_prompts, resample_rows, sample_estimates
 from dapo.observe.metrics import describe, reduce_values, reduction_of, response_metrics, speed_metrics
+from dapo.plan.flops import ModelFlops
 from tests.parity.cases import METRIC_TOLERANCE, TOLERANCES, Case, assert_matches
 from tests.records import group, prompt
 

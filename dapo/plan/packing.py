@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dapo.algo.flops import ModelFlops
-from dapo.algo.partition import fill_bins
 from dapo.errors import DataError
+from dapo.plan.flops import ModelFlops
+from dapo.plan.partition import fill_bins
 from dapo.types import Pack, PackPlan, Segment, TrainBatch, TrainGroup
 
 # To even out the ranks, groups are also tried in parts that cost at most these shares of a rank's load.
