@@ -16,7 +16,7 @@ from dapo.errors import EngineError
 from dapo.rollout import ascend
 from dapo.rollout.checks import check_completion
 from dapo.rollout.sampling import request_seed
-from dapo.rollout.vllm_process import SHARED_MEMORY, WEIGHTS_FILE, start_vllm
+from dapo.rollout.vllm_process import SHARED_MEMORY, WEIGHTS_FILE, start_vllm, stop_vllm
 from dapo.rollout.vllm_worker import to_checkpoint_names
 from dapo.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -74,6 +74,7 @@ class VllmEngine:
         self.vocab_size = processor.vocab_size
         arguments: dict[str, Any] = {
             "model": str(weights),
+            "runner": "generate",
             "dtype": dtype,
             "seed": 0,
             "max_model_len": max_model_len,
@@ -107,6 +108,7 @@ class VllmEngine:
             ascend.check_environment(version, eager=eager)
             ascend.set_environment(version)
             arguments |= ascend.engine_arguments(version, eager=eager)
+        self._owns_process_group = not torch.distributed.is_initialized()
         self.llm = start_vllm(arguments, separate_process=separate_process)
         self._rpc("dapo_start", self.platform)
 
@@ -192,9 +194,8 @@ class VllmEngine:
                 self._wake(part)
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
-        core = self.llm.llm_engine.engine_core
-        core.shutdown()
+        """Stop the engine and give its memory back; a new one may be made in this process afterwards."""
+        stop_vllm(self.llm, owns_process_group=self._owns_process_group)
         del self.llm
 
     # requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -44,6 +45,18 @@ def start_vllm(arguments: dict[str, Any], *, separate_process: bool) -> Any:
         raise ConfigError(f"rollout.engine=vllm, but vLLM cannot be imported: {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"vLLM refuses to start on {arguments['model']}: {error}") from error
+
+
+def stop_vllm(llm: Any, *, owns_process_group: bool) -> None:
+    """End an engine. Its parallel groups go; the default process group only where vLLM made it."""
+    llm.llm_engine.engine_core.shutdown()
+    from vllm.distributed import parallel_state
+
+    groups: Any = parallel_state
+    groups.destroy_model_parallel()
+    if owns_process_group and torch.distributed.is_initialized():
+        groups.destroy_distributed_environment()
+    gc.collect()
 
 
 @contextmanager

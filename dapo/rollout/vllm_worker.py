@@ -124,7 +124,6 @@ class WorkerExtension:
         from vllm.model_executor.model_loader import reload
 
         finalize: Any = reload.finalize_layerwise_reload
-        check_whole_groups(self._dapo_names)
         runner = self.model_runner
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
             finalize(runner.get_model(), runner.model_config)
@@ -132,6 +131,8 @@ class WorkerExtension:
                 # A NaN once written into a block of the cache leaks into every later sequence that reuses it.
                 for cache in runner.kv_caches:
                     cache.zero_()
+        # Only now: a layer left open could not be opened again by the next update.
+        check_whole_groups(self._dapo_names)
 
     def dapo_fingerprint(self) -> dict[str, float]:
         """Per transformers tensor: float64 sum of absolute values of what this worker was given last."""

@@ -79,6 +79,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
     model.requires_grad_(False)
     shake(model, 0.15, seed)
     model.config.dtype = torch.float32
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if kind == "text_moe":
         model.save_pretrained(folder)
