@@ -118,11 +118,13 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
             axes.plot(steps, values, label=label, color=colour, linewidth=1.8, marker=mark, markersize=4)
         _band(axes, chart, events)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(x=0.02)
     axes.set_ylabel(chart.unit)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return _svg(figure)
 
 

@@ -86,4 +86,7 @@ def _rows(table: Path) -> dict[str, dict[str, Any]]:
     if not table.exists():
         return {}
     rows = [json.loads(line) for line in table.read_text().splitlines()]
-    return {row["id"]: row for row in reversed(rows)}
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["id"], row)
+    return first
