@@ -50,9 +50,9 @@ def torch_device(kind: Kind, local_rank: int = 0) -> torch.device:
     import torch
 
     if kind == "npu":
-        import torch_npu  # noqa: F401
+        import torch_npu
 
-        torch.npu.set_device(local_rank)
+        torch_npu.npu.set_device(local_rank)
     elif kind == "cuda":
         torch.cuda.set_device(local_rank)
     else:

@@ -68,18 +68,23 @@ class _TokenLogProbs(torch.autograd.Function):
                 picked = torch.where(here, z.gather(1, at[:, None])[:, 0], 0.0)
                 high = z.amax(1)
                 new_top = high if top is None else torch.maximum(top, high)
-                p = (z - new_top[:, None]).exp_()
-                part, part_weighted = p.sum(1), _row_dot(p, z)
-                if top is None:
+                # Everything relative to the row's largest logit: entropy is a small difference of large numbers else.
+                z -= new_top[:, None]
+                p = z.exp()
+                part, part_weighted = p.sum(1), torch.linalg.vecdot(p, z)
+                if top is None or total is None or weighted is None or chosen is None:
                     total, weighted, chosen = part, part_weighted, picked
                 else:
-                    shrink = (top - new_top).exp_()
-                    total, weighted = total * shrink + part, weighted * shrink + part_weighted
+                    fall = top - new_top
+                    shrink = fall.exp()
+                    total, weighted = total * shrink + part, (weighted + total * fall) * shrink + part_weighted
                     chosen = chosen + picked
                 top = new_top
-            normaliser[rows] = top + total.log()
-            logprobs[rows] = chosen - normaliser[rows]
-            entropy[rows] = normaliser[rows] - weighted / total
+            assert top is not None and total is not None and weighted is not None and chosen is not None  # noqa: PT018
+            log_total = total.log()
+            normaliser[rows] = top + log_total
+            logprobs[rows] = chosen - top - log_total
+            entropy[rows] = log_total - weighted / total
         ctx.save_for_backward(hidden, weight, targets, banned, normaliser, entropy)
         ctx.temperature, ctx.tile, ctx.wide = temperature, tile, wide
         ctx.set_materialize_grads(False)
@@ -131,11 +136,6 @@ def _locate(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Column of each target inside the tile (0 where it lies elsewhere), and whether it lies inside."""
     here = (targets >= columns.start) & (targets < columns.stop)
     return torch.where(here, targets - columns.start, 0), here
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over columns of a * b, without holding the product."""
-    return torch.linalg.vecdot(a, b)
 
 
 def _column_chunk(vocabulary: int, tile: int) -> int:

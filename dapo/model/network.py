@@ -68,7 +68,7 @@ class Network(nn.Module):
                 extra["visual_pos_masks"] = mask.index_fill_(0, pack.image_index, True)[None]
                 extra["deepstack_visual_embeds"] = deepstack
             else:
-                nothing = sum(x.sum() for x in (features, *deepstack)) * 0.0
+                nothing = torch.stack([x.sum() for x in (features, *deepstack)]).sum() * 0.0
                 embeddings = embeddings + nothing.to(embeddings.dtype)
         positions = pack.positions[:, None] if self.visual is not None else pack.positions[:1]
         hidden = text(

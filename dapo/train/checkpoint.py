@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.errors import CheckpointError
 from dapo.train.parallel import Layout
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_FAILURES = (Exception, CheckpointException)  # the latter is a BaseException
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int, layout: Layout) -> None:
@@ -24,7 +26,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: 
     state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(layout)
     try:
         dcp.save(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
-    except Exception as error:
+    except _FAILURES as error:
         raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 
 
@@ -34,11 +36,12 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: L
     A rank that did not exist when the state was written keeps its own RNG.
 
     Raises:
-        CheckpointError: not a checkpoint, of another model, or damaged.
+        CheckpointError: not a checkpoint or of another model (then nothing was changed), or damaged (then part of it
+            may have been read already: load another one before going on).
     """
     try:
         metadata = dcp.FileSystemReader(str(folder)).read_metadata()
-    except Exception as error:
+    except _FAILURES as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {_first_cause(error)}") from error
     found = metadata.state_dict_metadata
     for parameter in _parameters(model).values():
@@ -57,7 +60,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: L
             )
     try:
         dcp.load(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
-    except Exception as error:
+    except _FAILURES as error:
         raise CheckpointError(f"{folder} is damaged: {_first_cause(error)}") from error
     _restore_rng(state, layout)
     return int(updates)
@@ -93,11 +96,8 @@ def _restore_rng(state: dict[str, Any], layout: Layout) -> None:
 
 def _first_cause(error: BaseException) -> str:
     """The reason inside the wrappers of the checkpoint library, as one line."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (inner, _) = next(iter(failures.items()))
-        return f"rank {rank}: {type(inner).__name__}: {inner}"
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_first_cause(cause)}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -87,7 +87,7 @@ class _Writer:
         if count == 1:
             self._part(0).rename(self.folder / "model.safetensors")
             return
-        index = {}
+        index: dict[str, str] = {}
         for number, names in enumerate(self._files):
             file = f"model-{number + 1:05}-of-{count:05}.safetensors"
             self._part(number).rename(self.folder / file)

@@ -227,7 +227,7 @@ class FsdpPolicy:
         """What `save` wrote, whatever number of ranks wrote it; collective.
 
         Raises:
-            CheckpointError: not a whole checkpoint of this model; nothing was changed.
+            CheckpointError: not a whole checkpoint of this model.
         """
         self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self.layout)
         self._plan, self._old, self._ref = None, {}, {}

@@ -1,0 +1,238 @@
+"""One process: the packed policy against plain transformers, its state, its export, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dapo.errors import CheckpointError, ConfigError
+from dapo.plan.packing import plan_packs
+from dapo.train.fsdp_policy import FsdpPolicy
+from dapo.train.optim import learning_rate
+from dapo.types import Pack, PackPlan, TrainBatch
+from tests.model.tiny import TinyProcessor, make_batch, make_folder
+from tests.train.reference import exact, reference_run, run_config
+
+
+def make_policy(folder, kind="dense", config=None, dtype=torch.float32):
+    return FsdpPolicy(config or run_config(), folder, TinyProcessor(kind, dtype), master_dtype=dtype)
+
+
+def plan_of(batch: TrainBatch) -> PackPlan:
+    return plan_packs(batch, ranks=1, tokens_per_pack=64)
+
+
+def step(policy, batch):
+    plan = plan_of(batch)
+    policy.old_logprobs(batch, plan)
+    return [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
+
+
+def weights_of(policy):
+    return {name: tensor.clone() for name, tensor in policy.named_weights()}
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+def test_a_step_equals_plain_transformers_in_one_process(kind, tmp_path):
+    folder = make_folder(tmp_path, kind)
+    config = run_config()
+    batch = make_batch(images="none" if kind == "text" else "some")
+    expected, weights = reference_run(folder, kind, batch, config)
+    policy = make_policy(folder, kind, config, torch.float64)
+    with exact():
+        metrics = step(policy, batch)
+    for found, (loss, norm) in zip(metrics, expected, strict=True):
+        assert found["loss"] == pytest.approx(loss, abs=1e-9)
+        assert found["grad_norm"] == pytest.approx(norm, abs=1e-9)
+    for name, tensor in policy.named_weights():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_any_split_into_packs_gives_the_same_update(tmp_path):
+    folder = make_folder(tmp_path, "dense")
+    batch = make_batch(groups=2, per_update=2)
+    (whole,) = plan_packs(batch, ranks=1, tokens_per_pack=500).updates[0][0]
+    apart = tuple(Pack((dataclasses.replace(s, sequences=(i,)),), 0) for s in whole.segments for i in s.sequences)
+    results = []
+    for packs in ((whole,), (*apart, Pack((), 0))):
+        policy = make_policy(folder, dtype=torch.float64)
+        plan = PackPlan(((tuple(packs),),))
+        with exact():
+            policy.old_logprobs(batch, plan)
+            metrics = policy.update(batch, plan, 0).metrics
+        results.append((metrics, weights_of(policy)))
+    (one, one_weights), (many, many_weights) = results
+    for name in ("loss", "grad_norm", "tokens", "entropy"):
+        assert many[name] == pytest.approx(one[name], abs=1e-12)
+    for name, tensor in one_weights.items():
+        torch.testing.assert_close(many_weights[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_the_first_updates_ratio_is_exactly_one_and_later_ones_move(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    first, second = step(policy, make_batch())
+    assert first["max_ratio_error"] == 0.0
+    assert second["max_ratio_error"] > 0.0
+
+
+def test_stored_old_logprobs_of_the_first_update_also_give_a_ratio_of_exactly_one(tmp_path):
+    config = run_config({"algorithm": {"kl": {"reward_coef": 0.1}}})
+    policy = make_policy(make_folder(tmp_path, "dense"), config=config)
+    batch = make_batch()
+    plan = plan_of(batch)
+    old = policy.old_logprobs(batch, plan)
+    reference = policy.reference_logprobs(batch, plan)
+    assert old == reference  # nothing is trained yet
+    assert all(
+        len(values) == len(sequence.response_ids)
+        for group, made in zip(batch.groups, old.values, strict=True)
+        for sequence, values in zip(group.sequences, made, strict=True)
+    )
+    assert policy.update(batch, plan, 0).metrics["max_ratio_error"] == 0.0
+
+
+def test_the_kl_term_pulls_back_to_the_reference(tmp_path):
+    config = run_config({"algorithm": {"kl": {"loss_coef": 1.0}}})
+    policy = make_policy(make_folder(tmp_path, "dense"), config=config)
+    batch = make_batch()
+    plan = plan_of(batch)
+    policy.old_logprobs(batch, plan)
+    policy.reference_logprobs(batch, plan)
+    first, second = (policy.update(batch, plan, u).metrics for u in range(2))
+    assert first["kl_loss"] == 0.0
+    assert second["kl_loss"] > 0.0
+
+
+def test_another_plan_than_that_of_the_old_logprobs_is_refused(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    batch = make_batch()
+    plan = plan_of(batch)
+    policy.old_logprobs(batch, plan)
+    policy.update(batch, plan, 0)
+    other = plan_packs(batch, ranks=1, tokens_per_pack=40)
+    with pytest.raises(AssertionError, match="same plan"):
+        policy.update(batch, other, 1)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    batch = make_batch(per_update=4)
+    groups = [dataclasses.replace(g, sequences=tuple(_endless(s) for s in g.sequences)) for g in batch.groups]
+    before = weights_of(policy)
+    (metrics,) = step(policy, dataclasses.replace(batch, groups=tuple(groups)))
+    assert metrics["skipped"] == 1.0
+    assert policy.updates == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
+    assert step(policy, batch)[0]["skipped"] == 0.0
+
+
+def _endless(sequence):
+    return dataclasses.replace(sequence, advantage=float("inf"), trained=True)
+
+
+def test_an_update_without_a_trained_token_has_loss_zero(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    batch = make_batch(per_update=4)
+    groups = [
+        dataclasses.replace(g, sequences=tuple(dataclasses.replace(s, trained=False) for s in g.sequences))
+        for g in batch.groups
+    ]
+    (metrics,) = step(policy, dataclasses.replace(batch, groups=tuple(groups)))
+    assert (metrics["loss"], metrics["grad_norm"], metrics["empty_update"]) == (0.0, 0.0, 1.0)
+
+
+def test_warm_up_counts_updates():
+    config = run_config({"model": {"optimizer": {"lr": 4.0, "warmup_updates": 4}}}).model.optimizer
+    assert [learning_rate(config, update) for update in (1, 2, 4, 9)] == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"), config=run_config({"model": {"freeze_vision": True}}))
+    before = weights_of(policy)
+    step(policy, make_batch())
+    changed = {name for name, tensor in policy.named_weights() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert not [name for name in changed if ".visual." in name]
+
+
+def test_gradient_checkpointing_gives_the_same_update(tmp_path):
+    folder = make_folder(tmp_path, "dense")
+    results = []
+    for wanted in (False, True):
+        policy = make_policy(folder, config=run_config({"model": {"gradient_checkpointing": wanted}}))
+        step(policy, make_batch())
+        results.append(weights_of(policy))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path):
+    folder, state = make_folder(tmp_path / "hf", "dense"), tmp_path / "state"
+    batches = [make_batch(seed=seed) for seed in (1, 2)]
+    policy = make_policy(folder)
+    step(policy, batches[0])
+    state.mkdir()
+    policy.save(state)
+    random_numbers = torch.rand(3)
+    step(policy, batches[1])
+    resumed = make_policy(folder)
+    resumed.load(state)
+    assert torch.equal(torch.rand(3), random_numbers)
+    assert resumed.updates == 2
+    step(resumed, batches[1])
+    expected = weights_of(policy)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.named_weights())
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    folder, state = make_folder(tmp_path / "hf", "dense"), tmp_path / "state"
+    policy = make_policy(folder)
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        policy.load(tmp_path / "nothing")
+    step(policy, make_batch())
+    state.mkdir()
+    policy.save(state)
+    other = make_policy(make_folder(tmp_path / "moe", "moe"), "moe")
+    with pytest.raises(CheckpointError, match="does not hold this model's state"):
+        other.load(state)
+    (part,) = state.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        policy.load(state)
+
+
+def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"could not be written .*rank 0: NotADirectoryError"):
+        policy.save(tmp_path / "file" / "state")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+def test_an_export_is_a_folder_to_go_on_from(kind, tied, tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", kind, tied=tied), kind)
+    step(policy, make_batch(images="none" if kind == "text" else "all"))
+    policy.export(tmp_path / "out")  # compares the logits of plain transformers before it returns
+    again = make_policy(tmp_path / "out", kind)
+    expected = weights_of(policy)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.named_weights())
+    assert again.fingerprint() == policy.fingerprint()
+
+
+def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    from dapo.train import weights
+
+    honest = weights.whole_tensors
+
+    def flipped(model, dtype):
+        return ((n, -t.abs() * 1.001 if n.endswith("norm.weight") else t) for n, t in honest(model, dtype))
+
+    monkeypatch.setattr(weights, "whole_tensors", flipped)
+    with pytest.raises(CheckpointError, match="do not use this folder"):
+        policy.export(tmp_path / "out")
+
+
+def test_another_number_of_processes_than_configured_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="world_size=2, but 1 training processes"):
+        make_policy(make_folder(tmp_path, "text"), "text", run_config(world_size=2))
