@@ -73,7 +73,7 @@ def _row(group: RolloutGroup, rollout: Rollout) -> dict[str, Any]:
         "format": scored.format if scored else None,
         "tokens": rollout.length,
         "truncated": rollout.truncated,
-        "images": [base64.b64encode(_png(image)).decode() for image in group.prompt.images],
+        "images": [base64.b64encode(png(image)).decode() for image in group.prompt.images],
         "tags": list(group.prompt.tags),
     }
 
@@ -92,7 +92,8 @@ def _several_samples(group: RolloutGroup) -> dict[str, float]:
     return metrics
 
 
-def _png(image: bytes) -> bytes:
+def png(image: bytes) -> bytes:
+    """An encoded image as PNG, which every browser shows."""
     if image.startswith(_PNG):
         return image
     buffer = io.BytesIO()

@@ -1,0 +1,118 @@
+"""Measuring a model in a process of its own, here or as a Ray job (`dapo.runtime.evaluation_job`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dapo import errors
+from dapo.config import io
+from dapo.config.run import RunConfig
+from dapo.errors import EngineError
+from dapo.eval.evaluate import EvaluationFolder
+from dapo.observe.layout import RunFolder
+from dapo.runtime.environment import NO_PHONE_HOME
+
+POLL_S = 0.5
+JOB = "dapo.runtime.evaluation_job"
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(folder: EvaluationFolder, progress: Progress) -> dict[str, Any]:
+    """Measure, or read what was measured before; returns what `metrics.json` holds.
+
+    Args:
+        folder: as `dapo.eval.evaluate.make_folder` made it.
+        progress: told about prompts.
+
+    Raises:
+        DapoError: what stopped the measuring process.
+        EngineError: it died without a word, or made no progress for `rollout.deadline_s`.
+    """
+    if folder.done:
+        return folder.read_metrics()
+    config = io.load(folder.config)
+    for old in (folder.error, folder.progress):
+        old.unlink(missing_ok=True)
+    if on_ray(config):
+        _run_as_ray_job(folder, config, progress)
+    else:
+        _run_here(folder, config, progress)
+    if folder.done:
+        return folder.read_metrics()
+    if folder.error.exists():
+        told = json.loads(folder.error.read_text())
+        raise getattr(errors, told["error"], EngineError)(told["message"])
+    raise EngineError(f"evaluation {folder.id} ended without a result; see {folder.log}")
+
+
+def on_ray(config: RunConfig) -> bool:
+    """Whether the engine needs a cluster: an address is configured, or several devices are."""
+    return config.ray.address is not None or config.model.parallel.world_size > 1
+
+
+def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
+    env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **NO_PHONE_HOME, **config.ray.env}
+    command = [sys.executable, "-m", "dapo.runtime.leash", JOB, str(folder.root)]
+    with folder.log.open("a") as output:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True
+        )
+    try:
+        _watch(folder, config, progress, lambda: child.poll() is not None)
+    finally:
+        child.terminate()
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
+    from dapo.runtime.cluster import connect
+    from dapo.runtime.dashboard import TERMINAL, DashboardAway, UnknownJob
+    from dapo.runtime.training import TrainingJob
+
+    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB))
+    job.start()
+
+    def ended() -> bool:
+        try:
+            return job.cluster.job(job.id)["status"] in TERMINAL
+        except UnknownJob:
+            return True
+        except DashboardAway:
+            return False  # asked again; a cluster that is gone for good makes no progress
+
+    try:
+        _watch(folder, config, progress, ended)
+    finally:
+        if not ended():
+            job.kill()
+        job.keep_output()
+
+
+def _watch(folder: EvaluationFolder, config: RunConfig, progress: Progress, ended: Callable[[], bool]) -> None:
+    last, since = -1, time.monotonic()
+    while not ended():
+        try:
+            told = json.loads(folder.progress.read_text())
+        except (OSError, ValueError):
+            told = {"done": 0, "total": 0}
+        if told["done"] != last:
+            last, since = told["done"], time.monotonic()
+            progress(last, told["total"], "prompts" if told["total"] else "loading")
+        if time.monotonic() - since > config.rollout.deadline_s:
+            raise EngineError(
+                f"evaluation {folder.id} made no progress for rollout.deadline_s={config.rollout.deadline_s:.0f} s at "
+                f"prompt {last} of {told['total']} and was ended; see {folder.log}"
+            )
+        time.sleep(POLL_S)

@@ -1,0 +1,212 @@
+"""The process that measures: `python -m dapo.runtime.evaluation_job FOLDER`, started by `dapo.runtime.evaluation`.
+
+One device: the engine lives in this process. Several, or a cluster at an address: the training's workers generate, as
+they do in validation. A killed evaluation goes on behind the last prompts it wrote down.
+
+Exit code: 0 measured, 1 failed (error.json says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dapo.algo.batch import judged
+from dapo.config import io
+from dapo.config.run import RunConfig
+from dapo.errors import DapoError, DataError, RewardError
+from dapo.eval import results
+from dapo.eval.evaluate import EvaluationFolder, measure, sampling
+from dapo.eval.page import write_evaluation
+from dapo.records import group_from_plain, group_to_plain
+from dapo.runtime.evaluation import on_ray
+from dapo.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+
+log = logging.getLogger("dapo.evaluation")
+
+_SEQUENCES_AHEAD = 4
+"""A round asks for so many times the sequences decoded together: enough to keep the engine full."""
+
+Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dapo.runtime.evaluation_job", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder with config.yaml and inputs.json, as `dapo evaluate` made it")
+    folder = EvaluationFolder(parser.parse_args(argv).folder.resolve())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        run(folder, io.load(folder.config))
+        return 0
+    except DapoError as error:
+        log.error("%s", error)
+        _fail(folder, type(error).__name__, str(error))
+    except Exception as error:
+        log.error("%s", traceback.format_exc())
+        _fail(folder, "EngineError", f"unexpected {type(error).__name__}: {error} (trace in {folder.log})")
+    return 1
+
+
+def run(folder: EvaluationFolder, config: RunConfig) -> None:
+    """Ask every held-out prompt, judge the answers, write results, metrics and the page."""
+    from dapo import torchvision_cpu
+
+    torchvision_cpu.install()
+    from dapo.rewards.pool import RewardPool
+
+    started = time.monotonic()
+    inputs = folder.read_inputs()
+    weights = Path(inputs["weights"])
+    prompts, processor = load_held_out(config, Path(inputs["data"]), weights)
+    _tell(folder, 0, len(prompts))
+    params = sampling(config, processor.stop_token_ids, processor.banned_token_ids)
+    done = _kept(folder, prompts, params.n)
+    if done:
+        log.info("%d of %d prompts were answered before", len(done), len(prompts))
+    size = max(1, _SEQUENCES_AHEAD * config.rollout.max_num_seqs // params.n)
+    with (
+        _generator(config, weights, processor) as generate,
+        RewardPool(
+            config.reward.function, workers=config.reward.workers, deadline_s=config.reward.deadline_s
+        ) as rewards,
+        folder.answers.open("a") as answers,
+    ):
+        left = [p for p in prompts if p.id not in done]
+        for begin in range(0, len(left), size):
+            part = left[begin : begin + size]
+            completions = generate(part, params)
+            for group in _judge(part, completions, processor.decode_many, rewards.score, config):
+                done[group.prompt.id] = group
+                answers.write(json.dumps(_without_pictures(group)) + "\n")
+            answers.flush()
+            _tell(folder, len(done), len(prompts))
+    groups = [done[p.id] for p in prompts]
+    _refuse_broken_reward(groups, config)
+    measured = measure(groups, time.monotonic() - started)
+    folder.results.write_text(results.to_lines(results.of_groups(groups)))
+    write_evaluation(folder.page, config, inputs, measured, groups)
+    _write_whole(folder.metrics, measured)
+
+
+def load_held_out(config: RunConfig, data: Path, weights: Path) -> tuple[list[Prompt], Any]:
+    """Prompts of the configured split that fit, and the model's processor.
+
+    Raises:
+        DataError: the data has no such split, or none of its prompts fits.
+    """
+    from dapo.data.dataset import load_prompts
+    from dapo.data.processor import PromptProcessor
+
+    processor = PromptProcessor(weights)
+    split = data / f"{config.data.validation_split}.parquet"
+    found = load_prompts(
+        split,
+        processor,
+        instruction=config.data.instruction,
+        limit=config.data.max_prompt_tokens,
+        too_long=config.data.too_long,
+        max_prompts=config.validation.max_prompts,
+    )
+    if not found.prompts:
+        raise DataError(f"{split} has no prompt of at most data.max_prompt_tokens={config.data.max_prompt_tokens}")
+    return list(found.prompts), processor
+
+
+@contextmanager
+def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Generate]:
+    """The engine in this process, or the workers of a cluster."""
+    if not on_ray(config):
+        from dapo import device
+        from dapo.rollout.checks import make_engine
+
+        engine = make_engine(config, weights, processor, device.torch_device(device.resolve(config.device)))
+        yield engine.generate
+        engine.close()
+        return
+    import ray
+
+    from dapo.runtime.workers import RayEngine, Workers
+
+    ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
+    for place in workers.get(workers.begin(weights), 600.0, "loading the weights"):
+        log.info("worker %s", place)
+    yield RayEngine(workers).generate
+    workers.close()
+
+
+def _judge(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    decode: Callable[[list[tuple[int, ...]]], list[str]],
+    score: Callable[[Sequence[tuple[str, str]]], Sequence[Any]],
+    config: RunConfig,
+) -> Iterator[RolloutGroup]:
+    texts = decode([c.token_ids for group in completions for c in group])
+    answers = [p.answer for p, group in zip(prompts, completions, strict=True) for _ in group]
+    judgements = zip(score(list(zip(texts, answers, strict=True))), texts, strict=True)
+    for prompt, samples in zip(prompts, completions, strict=True):
+        rollouts = tuple(Rollout(prompt.id, i, c, *next(judgements)) for i, c in enumerate(samples))
+        yield judged(RolloutGroup(prompt, rollouts), config)
+
+
+def _kept(folder: EvaluationFolder, prompts: Sequence[Prompt], samples: int) -> dict[str, RolloutGroup]:
+    """Groups an earlier attempt wrote down whole; a half line at the end is removed."""
+    if not folder.answers.exists():
+        return {}
+    content = folder.answers.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        folder.answers.write_bytes(whole)
+    asked = {p.id: p for p in prompts}
+    found = {}
+    for line in whole.splitlines():
+        group = group_from_plain(json.loads(line))
+        # A check that failed gets another chance.
+        if group.prompt.id in asked and len(group.rollouts) == samples and not any(r.failed for r in group.rollouts):
+            found[group.prompt.id] = replace(group, prompt=asked[group.prompt.id])
+    return found
+
+
+def _without_pictures(group: RolloutGroup) -> dict[str, Any]:
+    """The prompt is in the data, and log-probabilities are of no use here: both are most of the bytes."""
+    rollouts = tuple(replace(r, completion=replace(r.completion, logprobs=())) for r in group.rollouts)
+    return group_to_plain(replace(group, prompt=replace(group.prompt, images=(), token_ids=()), rollouts=rollouts))
+
+
+def _refuse_broken_reward(groups: Sequence[RolloutGroup], config: RunConfig) -> None:
+    rollouts = [r for g in groups for r in g.rollouts]
+    failed = [r for r in rollouts if r.failed]
+    if len(failed) > config.reward.max_failed_share * len(rollouts):
+        raise RewardError(
+            f"{len(failed)} of {len(rollouts)} checks of reward.function={config.reward.function} failed; the first: "
+            f"{failed[0].outcome}. Try it with `dapo reward test {config.reward.function}`"
+        )
+
+
+def _tell(folder: EvaluationFolder, done: int, total: int) -> None:
+    _write_whole(folder.progress, {"done": done, "total": total})
+
+
+def _fail(folder: EvaluationFolder, kind: str, message: str) -> None:
+    _write_whole(folder.error, {"error": kind, "message": message})
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
