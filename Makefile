@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-slow check clean install install-vllm
+.PHONY: help demo test test-slow test-floor check clean install install-vllm
 
 help: ## List these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -17,6 +17,9 @@ test: install-vllm ## Run the default test suite (under ten minutes on 2 cores)
 
 test-slow: install-vllm ## Run the longer tests
 	@$(VENV)/bin/python -m pytest -m "slow and not nightly and not gpu and not npu" $(ARGS)
+
+test-floor: install $(VENV)/.floor ## Run the tests of model, trainer and data on the oldest supported transformers
+	@PYTHONPATH=$(VENV)/floor $(VENV)/bin/python -m pytest tests/model tests/train tests/data $(ARGS)
 
 check: install ## Lint, types, import rules
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -40,6 +43,12 @@ $(VENV)/.light: $(VENV)/.python requirements/cpu.lock pyproject.toml
 $(VENV)/.vllm: $(VENV)/.light requirements/vllm.lock
 	@echo "Adding vLLM to $(VENV) (once, about two minutes) ..."
 	@$(PIP) install --quiet --no-deps -r requirements/vllm.lock
+	@touch $@
+
+# Over the environment rather than beside it: only what differs is installed twice.
+$(VENV)/.floor: $(VENV)/.light requirements/floor.lock
+	@rm -rf $(VENV)/floor
+	@$(PIP) install --quiet --no-deps --target $(VENV)/floor -r requirements/floor.lock
 	@touch $@
 
 clean: ## Remove the environment, caches and runs
