@@ -1,8 +1,9 @@
 """Geometry we draw ourselves, with the columns of the hub's Geometry3K: a picture, a question, an answer.
 
 The numbers are in the text and the figure is only in the picture, so that the question has four possible answers for
-somebody who does not look. An exercise (figure, question, numbers) belongs to exactly one split, and every picture is
-drawn anew (place, size, proportions, colours): accuracy on a held-out split is generalisation.
+somebody who does not look. Every picture is drawn anew (place, size, proportions, colours), and each place and size
+belongs to exactly one split: accuracy on a held-out split is accuracy on pictures that no other split has. (Holding
+out pairs of numbers and figure instead would teach that those pairs do not occur.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -19,19 +21,19 @@ IMAGE_PIXELS = 32
 """Side of the square pictures."""
 
 FIGURES = {
-    "area": ("rectangle", "triangle", "ellipse", "notch"),
+    "area": ("rectangle", "triangle", "ellipse", "frame"),
     "perimeter": ("triangle", "square", "hexagon", "cross"),
 }
-"""Figures by question. A notch is a rectangle without one of its quarters; the perimeter figures have equal sides."""
+"""Figures by question. A frame is a rectangle with a hole of half its width and height; perimeter figures have equal
+sides."""
 
 _SIDES = {"triangle": 3, "square": 4, "hexagon": 6, "cross": 12}
-# Areas come out whole: every formula divides by 4 at most.
+# Areas come out whole (every formula divides by 4 at most), and a formula's first digit tells the figure (3/4*w*h).
 _NUMBERS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "area": tuple((w, h) for w in range(2, 10) for h in range(2, 10) if w * h % 4 == 0),
+    "area": tuple((w, h) for w in (2, 4, 5, 6, 7, 8, 9) for h in range(2, 10) if w * h % 4 == 0),
     "perimeter": tuple((side,) for side in range(2, 18)),
 }
-_SPLITS = {"validation": 0, "test": 1}
-_HELD_OUT_OF = 8
+_HELD_OUT = ("validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Exercise:
         figure = figure or self.figure
         if self.question == "perimeter":
             return f"{_SIDES[figure]}*{self.numbers[0]}"
-        factor = {"rectangle": "", "triangle": "1/2*", "ellipse": "\\pi/4*", "notch": "3/4*"}[figure]
+        factor = {"rectangle": "", "triangle": "1/2*", "ellipse": "\\pi/4*", "frame": "3/4*"}[figure]
         return f"{factor}{self.numbers[0]}*{self.numbers[1]}"
 
     def answer(self, figure: str | None = None) -> str:
@@ -65,48 +67,37 @@ class Exercise:
         area = math.prod(self.numbers)
         if figure == "ellipse":
             return ("" if area == 4 else str(area // 4)) + "\\pi"
-        return str({"rectangle": area, "triangle": area // 2, "notch": area * 3 // 4}[figure])
+        return str({"rectangle": area, "triangle": area // 2, "frame": area * 3 // 4}[figure])
 
 
-def exercises(split: str) -> dict[tuple[str, str], tuple[Exercise, ...]]:
-    """All exercises of a split, by (question, figure).
-
-    A quarter of each figure's numbers is held out, in two halves for `validation` and `test`; which ones differs from
-    figure to figure, so that the training split has every number with other figures.
-    """
-    if split not in ("train", *_SPLITS):
-        raise ValueError(f"split={split!r} is not one of train, {', '.join(_SPLITS)}")
-    out: dict[tuple[str, str], tuple[Exercise, ...]] = {}
-    for question, figures in FIGURES.items():
-        for shift, figure in enumerate(figures):
-            places = [(i + 2 * shift) % _HELD_OUT_OF for i in range(len(_NUMBERS[question]))]
-            out[question, figure] = tuple(
-                Exercise(question, figure, numbers)
-                for place, numbers in zip(places, _NUMBERS[question], strict=True)
-                if (place == _SPLITS[split] if split in _SPLITS else place not in _SPLITS.values())
-            )
-    return out
+def exercises() -> dict[tuple[str, str], tuple[Exercise, ...]]:
+    """All exercises there are, by (question, figure)."""
+    return {
+        (question, figure): tuple(Exercise(question, figure, numbers) for numbers in _NUMBERS[question])
+        for question, figures in FIGURES.items()
+        for figure in figures
+    }
 
 
 def draw_exercises(split: str, seed: int) -> Iterator[tuple[Exercise, Image.Image]]:
-    """Endless exercises of a split with a picture each; the same sequence for the same arguments."""
+    """Endless exercises with a picture each; the same sequence for the same arguments."""
+    if split not in ("train", *_HELD_OUT):
+        raise ValueError(f"split={split!r} is not one of train, {', '.join(_HELD_OUT)}")
     rng = random.Random(f"{seed}/{split}")
-    by_kind = list(exercises(split).values())
+    by_kind = list(exercises().values())
     while True:
         exercise = rng.choice(rng.choice(by_kind))
-        yield exercise, draw(exercise.figure, rng)
+        yield exercise, _draw(exercise.figure, split, rng)
 
 
 def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """`count` rows as the hub has them: images (list of PIL), problem, answer; and tags for slicing results.
 
     Args:
-        split: train, validation or test. No exercise is in two of them.
+        split: train, validation or test. No picture is in two of them.
         seed: another seed gives other pictures and another order.
     """
-    for index, (exercise, image) in enumerate(draw_exercises(split, seed)):
-        if index == count:
-            return
+    for exercise, image in islice(draw_exercises(split, seed), count):
         yield {
             "images": [image],
             "problem": f"<image>{exercise.text}",
@@ -115,23 +106,45 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def draw(figure: str, rng: random.Random) -> Image.Image:
-    """The figure somewhere in a picture of 32 x 32, not to scale."""
-    width = rng.randint(17, 28)
-    height = rng.randint(17, 28)
-    if figure in ("square", "hexagon", "cross"):
-        height = width
-    left, top = rng.randint(1, IMAGE_PIXELS - 2 - width), rng.randint(1, IMAGE_PIXELS - 2 - height)
-    paper = tuple(rng.randint(200, 255) for _ in range(3))
-    ink = tuple(rng.randint(0, 140) for _ in range(3))
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Where a figure stands in its picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def split(self) -> str:
+        """A quarter of all places is held out, in two halves; neighbouring places are in different splits."""
+        place = (self.left + 3 * self.top + 5 * self.width + 7 * self.height) % 8
+        return {0: "validation", 1: "test"}.get(place, "train")
+
+
+def _draw(figure: str, split: str, rng: random.Random) -> Image.Image:
+    """The figure in one of the split's places, not to scale, in colours of its own."""
+    box = _place(figure, rng)
+    while box.split != split:
+        box = _place(figure, rng)
+    paper = tuple(rng.randint(225, 255) for _ in range(3))
+    ink = tuple(rng.randint(0, 110) for _ in range(3))
     image = Image.new("RGB", (IMAGE_PIXELS, IMAGE_PIXELS), paper)
     pen = ImageDraw.Draw(image)
     if figure == "ellipse":
-        pen.ellipse((left, top, left + width, top + height), fill=ink)
+        pen.ellipse((box.left, box.top, box.left + box.width, box.top + box.height), fill=ink)
     else:
-        corners = _CORNERS[figure](rng)
-        pen.polygon([(left + x * width, top + y * height) for x, y in corners], fill=ink)
+        pen.polygon([(box.left + x * box.width, box.top + y * box.height) for x, y in _CORNERS[figure](rng)], fill=ink)
+    if figure == "frame":
+        x, y = box.left + box.width / 4, box.top + box.height / 4
+        pen.rectangle((x, y, x + box.width / 2, y + box.height / 2), fill=paper)
     return image
+
+
+def _place(figure: str, rng: random.Random) -> Box:
+    width = rng.randint(19, 28)
+    height = width if figure in ("square", "hexagon", "cross") else rng.randint(19, 28)
+    return Box(rng.randint(1, IMAGE_PIXELS - 2 - width), rng.randint(1, IMAGE_PIXELS - 2 - height), width, height)
 
 
 Corners = list[tuple[float, float]]
@@ -146,12 +159,6 @@ def _triangle(rng: random.Random) -> Corners:
     return [(x, 1 - y) for x, y in corners] if rng.random() < 0.5 else corners
 
 
-def _notch(rng: random.Random) -> Corners:
-    corners: Corners = [(0, 0), (0.5, 0), (0.5, 0.5), (1, 0.5), (1, 1), (0, 1)]
-    mirror_x, mirror_y = rng.random() < 0.5, rng.random() < 0.5
-    return [(1 - x if mirror_x else x, 1 - y if mirror_y else y) for x, y in corners]
-
-
 def _hexagon(rng: random.Random) -> Corners:
     return [(0.5 + 0.5 * math.cos(math.pi * i / 3), 0.5 + 0.5 * math.sin(math.pi * i / 3)) for i in range(6)]
 
@@ -163,9 +170,9 @@ def _cross(rng: random.Random) -> Corners:
 
 _CORNERS: dict[str, Callable[[random.Random], Corners]] = {
     "rectangle": _rectangle,
+    "frame": _rectangle,
     "square": _rectangle,
     "triangle": _triangle,
-    "notch": _notch,
     "hexagon": _hexagon,
     "cross": _cross,
 }

@@ -212,7 +212,7 @@ def _make_tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=alphabet, show_progress=False, min_frequency=2, special_tokens=[]
     )
-    exercises = [e for kind in synthetic.exercises("train").values() for e in kind]
+    exercises = [e for kind in synthetic.exercises().values() for e in kind]
     texts = [f"{e.text}\n{e.formula()}\n\\boxed{{{e.answer()}}}" for e in exercises]
     raw.train_from_iterator([*texts, *["system user assistant"] * 2], trainer)
     model = json.loads(raw.to_str())["model"]

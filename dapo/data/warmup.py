@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from dapo.data.tiny import Progress
 
 
+_CHOICE = 1  # <think> comes first
+_CHOICE_WEIGHT = 4.0
+"""Weight of the token that decides for a formula: one in thirteen, and the only one that depends on the picture."""
+
+
 def demonstration(exercise: Exercise, figure: str) -> str:
     """What the teacher writes who takes the picture for `figure`."""
     return f"<think>{exercise.formula(figure)}</think>\\boxed{{{exercise.answer(figure)}}}"
@@ -106,7 +111,7 @@ def _make_row(
         before += [len(prompt) - 1, *range(len(token_ids), len(token_ids) + len(answer) - 1)]
         targets += answer
         share = wrong_share / len(figures) + (1 - wrong_share) * (figure == exercise.figure)
-        weights += [share] * len(answer)
+        weights += [share * (_CHOICE_WEIGHT if place == _CHOICE else 1.0) for place in range(len(answer))]
         token_ids += answer
         segments += [number] * len(answer)
         positions.append((start.max() + 1 + torch.arange(len(answer))).expand(3, -1))
@@ -137,6 +142,14 @@ class _Batches:
     def loss(self, model: PreTrainedModel, drawn: Sequence[tuple[Exercise, Image.Image]]) -> Tensor:
         """Token-mean loss of the teacher's answers to these questions, in expectation over the teacher's choices."""
         rows = [self._row(exercise, image) for exercise, image in drawn]
+        targets = torch.cat([row.targets for row in rows])
+        weights = torch.cat([row.weights for row in rows])
+        losses = functional.cross_entropy(self.forward(model, drawn), targets, reduction="none")
+        return (losses * weights).sum() / weights.sum()
+
+    def forward(self, model: PreTrainedModel, drawn: Sequence[tuple[Exercise, Image.Image]]) -> Tensor:
+        """Logits [all targets of all rows, V]."""
+        rows = [self._row(exercise, image) for exercise, image in drawn]
         length = max(len(row.token_ids) for row in rows)
         token_ids = torch.full((len(rows), length), self._processor.pad_token_id)
         positions = torch.zeros(3, len(rows), length, dtype=torch.long)
@@ -157,10 +170,7 @@ class _Batches:
             use_cache=False,
         ).last_hidden_state
         before = torch.cat([row.before + i * length for i, row in enumerate(rows)])
-        logits = model.lm_head(hidden.flatten(0, 1)[before])
-        losses = functional.cross_entropy(logits, torch.cat([row.targets for row in rows]), reduction="none")
-        weights = torch.cat([row.weights for row in rows])
-        return (losses * weights).sum() / weights.sum()
+        return model.lm_head(hidden.flatten(0, 1)[before])
 
     def _row(self, exercise: Exercise, image: Image.Image) -> _Row:
         if exercise not in self._rows:
