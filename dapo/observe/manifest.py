@@ -28,7 +28,7 @@ PACKAGES = (
     "pydantic",
 )
 
-TRAINING_CODE = ("algo", "config", "data", "device.py", "model", "rewards", "rollout", "runtime", "train")
+TRAINING_CODE = ("algo", "config", "data", "device.py", "model", "plan", "rewards", "rollout", "runtime", "train")
 """Rooms of the package that decide what is learned."""
 
 

@@ -66,7 +66,7 @@ def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True
         )
     try:
-        _watch(folder, config, progress, lambda: child.poll() is not None)
+        _watch(folder, config, progress, lambda: folder.done or child.poll() is not None)
     finally:
         child.terminate()
         try:
