@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from prefect import Task, get_run_logger
 
 from tasks.progress import Stage, tell
+
+
+def place_key(stage: str, content: str, cache_dir: str) -> str:
+    """Cache key of a stage: what was made, by which code (both in `content`), and where: the result is a path."""
+    place = hashlib.sha256(str(Path(cache_dir).resolve()).encode()).hexdigest()[:8]
+    return f"{stage}-{content}-{place}"
 
 
 class CachedStage:

@@ -10,18 +10,19 @@ from prefect import task
 
 from dapo.config.model import ModelSource
 from tasks import inputs
+from tasks.cached import place_key
 from tasks.progress import ProgressBar
 
 
 def _key(context: object, parameters: Mapping[str, Any]) -> str:
-    source = parameters["source"]
+    source, cache = parameters["source"], parameters["cache_dir"]
     if source.kind == "tiny":
         from dapo.data.tiny import tiny_key
 
-        return f"fetch_weights-{tiny_key(source)}"
+        return place_key("fetch_weights", tiny_key(source), cache)
     from dapo.data.fetch import weights_key
 
-    return f"fetch_weights-{weights_key(source, Path(parameters['cache_dir']))}"
+    return place_key("fetch_weights", weights_key(source, Path(cache)), cache)
 
 
 @task(task_run_name="fetch_weights-{source.kind}", cache_key_fn=_key, persist_result=True)

@@ -10,13 +10,15 @@ from prefect import task
 
 from dapo.config.data import DataConfig
 from tasks import inputs
+from tasks.cached import place_key
 from tasks.progress import ProgressBar
 
 
 def _key(context: object, parameters: Mapping[str, Any]) -> str:
     from dapo.data.prepare import data_key
 
-    return f"prepare_dataset-{data_key(parameters['data'])}"
+    data = parameters["data"]
+    return place_key("prepare_dataset", data_key(data), data.cache_dir)
 
 
 @task(task_run_name="prepare_dataset-{data.source.kind}", cache_key_fn=_key, persist_result=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -30,6 +31,9 @@ from dapo.runtime.environment import NO_PHONE_HOME
 START_DEADLINE_S = 120.0
 _OBJECT_STORE_BYTES = 200_000_000  # weights do not pass through it on one machine; Ray's default takes 30 % of memory
 _MARK = "DAPO_RAY_HEAD"
+_BUSY_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def connect(config: RunConfig) -> Dashboard:
     with _locked(place):
         head = _remembered(place)
         if head is not None:
-            running = _answers(place, head)
+            running = _patiently(place, head)
             if running is not None:
                 if head.users and _user:
                     _remember(place, replace(head, users=_living(head, _user)))
@@ -201,6 +205,19 @@ def _wait(started: subprocess.Popen[bytes], place: Path, head: LocalHead, log: P
     started.kill()
     started.wait()
     return None
+
+
+def _patiently(place: Path, head: LocalHead) -> Dashboard | None:
+    """A busy machine may take long to answer; only a head without processes is gone, and its job with it."""
+    end_at = time.monotonic() + _BUSY_S
+    while True:
+        dashboard = _answers(place, head)
+        if dashboard is not None:
+            return dashboard
+        if not processes.family(head.mark) or time.monotonic() > end_at:
+            return None
+        log.warning("the local Ray at %s runs but does not answer yet", head.address)
+        time.sleep(1.0)
 
 
 def _answers(place: Path, head: LocalHead) -> Dashboard | None:

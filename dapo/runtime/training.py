@@ -17,7 +17,7 @@ from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe.journal import Event, follow, read
 from dapo.observe.layout import RunFolder
-from dapo.runtime.cluster import connect
+from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
 from dapo.runtime.environment import NO_PHONE_HOME
 
@@ -156,8 +156,8 @@ class TrainingJob:
         except UnknownJob:
             return "the cluster was started anew and does not know it"
         except DashboardAway as away:
-            if self.cluster.local:
-                return f"the local Ray is gone: {away}"
+            if self.cluster.local and not local_pids(self.config):
+                return "the local Ray is gone"
             log.warning("%s; the journal is followed on", away)
             return None
         if job["status"] == "PENDING" and time.time() - job["start_time"] / 1000 > 60:

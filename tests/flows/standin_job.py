@@ -55,9 +55,11 @@ def main() -> int:
         metrics = {
             "reward/mean": 0.1 * step,
             "reward/accuracy": 0.6 + 0.01 * step,
-            "actor/entropy": 1.0 / step,
+            "train/entropy": 1.0 / step,
             "response/length_mean": 30.0,
-            "sampling/kept_groups": 40.0,
+            "groups/kept": 40,
+            "groups/generated": 64,
+            "groups/accuracy": 0.5,
             "time/step": 0.1,
         }
         journal.append("step", step, metrics=metrics, seconds_left=float(steps - step))

@@ -1,0 +1,73 @@
+"""prefect.yaml and prefect.toml: Prefect ignores misspelt keys, so they are checked here."""
+
+import inspect
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+WHOLE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = {d["name"]: d for d in WHOLE["deployments"]}
+
+
+def keys(model):
+    return set(model.model_fields) | {f.alias for f in model.model_fields.values() if f.alias}
+
+
+def test_no_key_is_misspelt():
+    from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+
+    assert set(WHOLE) - keys(PrefectYamlModel) == {"definitions"}
+    for name, deployment in DEPLOYMENTS.items():
+        assert set(deployment) <= keys(DeploymentConfig), name
+        assert set(deployment["work_pool"]) <= keys(WorkPoolConfig), name
+
+
+def test_promised_deployments_of_the_flow_are_there():
+    assert {"geo3k", "geo3k-gpu", "geo3k-tiny"} <= set(DEPLOYMENTS)
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_entrypoint_is_a_module_and_takes_the_parameters(name, monkeypatch):
+    from prefect.utilities.importtools import import_object
+
+    monkeypatch.chdir(ROOT)
+    deployment = DEPLOYMENTS[name]
+    assert "/" not in deployment["entrypoint"], "a path would put flows/ on sys.path, where dapo.py hides the package"
+    flow = import_object(deployment["entrypoint"])
+    given = deployment.get("parameters", {})
+    required = {n for n, p in inspect.signature(flow.fn).parameters.items() if p.default is p.empty}
+    assert required <= set(given)
+    flow.validate_parameters(given)
+    if "config_path" in given:
+        assert (ROOT / given["config_path"]).is_file()
+
+
+def test_a_stopped_worker_does_not_stop_the_flow():
+    for deployment in DEPLOYMENTS.values():
+        assert deployment["work_pool"]["job_variables"]["stream_output"] is False
+        # A lease lost in an outage of the server would kill a long run.
+        assert "concurrency_limit" not in deployment
+
+
+def test_form_in_the_ui_has_bounds_and_descriptions():
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.dapo import dapo
+
+    schema = parameter_schema(dapo).model_dump()
+    train = schema["definitions"]["TrainConfig"]["properties"]
+    assert train["steps"]["minimum"] == 1
+    assert "passes over the prompts" in train["epochs"]["description"]
+    assert set(schema["properties"]) == {"config_path", "overrides", "config"}
+
+
+def test_settings_phone_nobody():
+    settings = tomllib.loads((ROOT / "prefect.toml").read_text())
+    assert settings["server"]["analytics_enabled"] is False
+    env = WHOLE["definitions"]["work_pool"]["job_variables"]["env"]
+    from dapo.runtime.environment import NO_PHONE_HOME
+
+    assert {k: NO_PHONE_HOME[k] for k in env} == env

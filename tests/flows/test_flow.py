@@ -1,0 +1,118 @@
+"""The flow `dapo` through Prefect's engine, on a real local Ray, with a stand-in for the training itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dapo.config import io
+from dapo.errors import EnvironmentCheckError, TrainingError
+from dapo.observe.layout import RunFolder
+from dapo.runtime import cluster, training
+from tests.flows.conftest import HERE, standin_tree
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+@pytest.fixture(scope="module")
+def root(shared):
+    yield shared
+    config = io.validate(standin_tree(shared, "any"))
+    assert cluster.stop_local(config) == []
+
+
+@pytest.fixture(autouse=True)
+def _standin(monkeypatch):
+    defaults = training.TrainingJob.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "entrypoint", (str(HERE / "standin_job.py"),))
+    monkeypatch.setitem(defaults, "back_off_s", (0.1,))
+
+
+def run(config, **options):
+    from flows.dapo import dapo
+
+    return dapo(config=config, return_state=True, **options)
+
+
+def tasks_of(state):
+    """Names and state names of a flow run's task runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    flow_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {t.name: t.state_name for t in client.read_task_runs(flow_run_filter=flow_run)}
+
+
+def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipped(root, capsys):
+    config = io.validate(standin_tree(root, "whole"))
+    state = run(config)
+    assert state.result() == "finished"
+    names = tasks_of(state)
+    assert {n for n in names if n.startswith("record_validation")} == {f"record_validation-step-{s}" for s in (0, 2, 4)}
+    assert {n for n in names if n.startswith("log_checkpoint")} == {f"log_checkpoint-step-{s}" for s in (2, 4)}
+    stages = ["prepare_dataset-synthetic", "fetch_weights-tiny", "train-whole"]
+    stages += ["validate_environment-machine", "validate_environment-inputs"]
+    assert {names[stage] for stage in stages} == {"Completed"}
+    folder = RunFolder.of(config)
+    assert folder.report.is_file()
+    inputs = json.loads(folder.inputs.read_text())
+    assert io.load(folder.config) == config
+
+    again = run(config)
+    assert again.result() == "finished"
+    names = tasks_of(again)
+    assert names["prepare_dataset-synthetic"] == "Cached"
+    assert names["fetch_weights-tiny"] == "Cached"
+    assert not [n for n in names if n.startswith(("record_validation", "log_checkpoint", "find_cluster"))]
+    told = capsys.readouterr().err
+    assert "prepare_dataset skipped: the same configuration and code made" in told
+    assert "fetch_weights skipped: the same configuration and code made" in told
+    assert "skipped: whole-" in told
+
+    # Prefect remembers a path; somebody removed what it leads to.
+    shutil.rmtree(inputs["data"])
+    assert run(config).result() == "finished"
+    assert "is gone; it is made again" in capsys.readouterr().err
+    assert (Path(inputs["data"]) / "train.parquet").is_file()
+
+
+def test_more_steps_go_on_from_the_checkpoint_and_nothing_is_recorded_twice(root):
+    config = io.validate(standin_tree(root, "longer"))
+    assert run(config).result() == "finished"
+    state = run(config, overrides={"train.steps": 6})
+    assert state.result() == "finished"
+    recorded = sorted(n for n in tasks_of(state) if n.startswith(("record_validation", "log_checkpoint")))
+    assert recorded == ["log_checkpoint-step-6", "record_validation-step-6"]
+
+
+def test_failing_job_fails_the_flow_with_one_sentence(root):
+    state = run(io.validate(standin_tree(root, "broken", STANDIN_FAIL_AT="2")))
+    assert state.is_failed()
+    with pytest.raises(TrainingError, match=r"the reward function is broken\. Log: "):
+        state.result()
+
+
+def test_recipe_for_npus_is_refused_before_anything_is_fetched(root):
+    state = run(io.load("configs/geo3k.yaml", {"run_root": str(root / "runs"), "data.cache_dir": str(root / "cache")}))
+    with pytest.raises(EnvironmentCheckError, match=r"device=npu, and this machine has: "):
+        state.result()
+    assert set(tasks_of(state)) == {"validate_environment-machine"}
+
+
+def test_job_found_running_is_followed_from_where_the_last_flow_stopped(root):
+    config = io.validate(standin_tree(root, "attached", STANDIN_SECONDS="0.4"))
+    config = io.override(config, {"train.steps": 8})
+    from tasks.train import make_folder
+
+    folder = make_folder(config, root, root)
+    job = training.TrainingJob(cluster.connect(config), folder, config)
+    assert job.start()
+    for event, offset in job.follow():
+        if event.kind == "validation" and event.step == 2:
+            (folder.root / "prefect.json").write_text(json.dumps({"offset": offset}))
+            break
+    names = tasks_of(run(config))
+    validated = sorted(int(n.rpartition("-")[2]) for n in names if n.startswith("record_validation"))
+    assert validated == [4, 6, 8]
