@@ -61,6 +61,11 @@ def size_by_name(config: RunConfig) -> Size | None:
     return None if found is None else Size(1e9 * float(found[1]), 2e9 * float(found[1]))
 
 
+def size(count: float) -> str:
+    """Bytes for people: `1.5 GiB`, `2 MiB`."""
+    return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.0f} MiB"
+
+
 def python() -> Check:
     here = sys.version_info[:2]
     told = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -94,7 +99,7 @@ def packages() -> Check:
 def memory(need: float, what: str) -> Check:
     """Available memory, cgroup limit included, against an estimate in bytes."""
     limit = memory_limit()
-    told = f"{limit / GIB:.1f} GiB available, about {need / GIB:.1f} GiB needed ({what})"
+    told = f"{size(limit)} available, about {size(need)} needed ({what})"
     if need > limit:
         return fail("memory", told, "close other programs, use a larger machine, or a smaller model or batch")
     return ok("memory", told)
@@ -139,7 +144,7 @@ def disk(name: str, folder: Path, need: float, what: str) -> Check:
     if not os.access(place, os.W_OK):
         return fail(name, f"{place} is not writable", "choose another folder (run_root, data.cache_dir) or its owner")
     free = shutil.disk_usage(place).free
-    told = f"{free / GIB:.1f} GiB free at {place}, about {need / GIB:.1f} GiB needed ({what})"
+    told = f"{size(free)} free at {place}, about {size(need)} needed ({what})"
     if free < need:
         return fail(name, told, "free some space, or set run_root / data.cache_dir to a larger disk")
     return ok(name, told)
@@ -151,7 +156,7 @@ def shared_memory(need: float) -> Check:
     if not place.is_dir():
         return warn("/dev/shm", "does not exist", "Ray falls back to slow files; mount a tmpfs there")
     free = shutil.disk_usage(place).free
-    told = f"{free / GIB:.1f} GiB free, about {need / GIB:.1f} GiB needed"
+    told = f"{size(free)} free, about {size(need)} needed"
     if free < need:
         return fail(
             "/dev/shm",
