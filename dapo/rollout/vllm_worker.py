@@ -128,11 +128,20 @@ class WorkerExtension:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
             finalize(runner.get_model(), runner.model_config)
             if self._dapo_on_cpu():
+                self._dapo_pack_head()
                 # A NaN once written into a block of the cache leaks into every later sequence that reuses it.
                 for cache in runner.kv_caches:
                     cache.zero_()
         # Only now: a layer left open could not be opened again by the next update.
         check_whole_groups(self._dapo_names)
+
+    def _dapo_pack_head(self) -> None:
+        """A head tied to the embeddings receives no tensor of its own, so vLLM on CPU keeps its old packed copy."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
 
     def dapo_fingerprint(self) -> dict[str, float]:
         """Per transformers tensor: float64 sum of absolute values of what this worker was given last."""

@@ -25,7 +25,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
     text: dict[str, Any] = {
         "vocab_size": PADDED_VOCAB,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 160,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -35,7 +35,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "pad_token_id": None,
     }
     experts = {
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": 96,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "decoder_sparse_step": 1,

@@ -1,0 +1,150 @@
+"""vLLM for real in its other shapes: experts, tied and text-only models, its own process, tensor parallel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo.data.processor import PromptProcessor
+from dapo.errors import ConfigError, EngineError
+from dapo.rollout.checks import compare_fingerprints
+from tests.rollout.small import hub_layout, largest_gap, load_plain, make_prompts, sampling, shake
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed (make install-vllm)", allow_module_level=True)
+
+from dapo.rollout import vllm_worker
+from dapo.rollout.vllm_engine import VllmEngine
+
+pytestmark = pytest.mark.slow
+
+Folders = Callable[[str], Path]
+Processors = Callable[[str], PromptProcessor]
+EXACT = 3e-5
+
+
+def start(folder: Path, processor: PromptProcessor, **more: object) -> VllmEngine:
+    return VllmEngine(folder, processor, max_model_len=256, max_num_seqs=32, kv_cache_mib=32, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["moe", "tied", "text"])
+def test_twenty_updates_stay_exact(kind: str, folder_of: Folders, processor_of: Processors) -> None:
+    processor, trainer = processor_of(kind), load_plain(folder_of(kind))
+    engine = start(folder_of(kind), processor)
+    prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
+    try:
+        for version in range(21):
+            if version:
+                shake(trainer, 0.01, seed=version)
+                engine.update_weights(trainer.named_parameters(), version)
+                sums = {name: float(p.double().abs().sum()) for name, p in trainer.named_parameters()}
+                compare_fingerprints(trainer=sums, engine=engine.fingerprint())
+            out = engine.generate(prompts, params)
+            assert largest_gap(trainer, processor, prompts, out, params.temperature) < EXACT
+    finally:
+        engine.close()
+
+
+def test_experts_that_were_not_packed_again_are_seen(
+    folder_of: Folders, processor_of: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    if vllm.__version__ != "0.32.0":
+        pytest.skip("only 0.32 skips the packing of reloaded experts")
+    processor, trainer = processor_of("moe"), load_plain(folder_of("moe"))
+    engine = start(folder_of("moe"), processor)
+    prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
+    try:
+        shake(trainer, 0.05, seed=1)
+        monkeypatch.setattr(vllm_worker.WorkerExtension, "_dapo_on_cpu", lambda self: False)
+        engine.update_weights(trainer.named_parameters(), version=1)
+        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) > 0.5
+        monkeypatch.undo()
+        engine.update_weights(trainer.named_parameters(), version=2)
+        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) < EXACT
+        transposed = [(name, hub_layout(name, p)) for name, p in trainer.named_parameters()]
+        with pytest.raises(EngineError, match="version 3 failed"):
+            engine.update_weights(transposed, version=3)
+    finally:
+        engine.close()
+
+
+def test_a_tied_head_that_was_not_packed_again_is_seen(
+    folder_of: Folders, processor_of: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, trainer = processor_of("tied"), load_plain(folder_of("tied"))
+    engine = start(folder_of("tied"), processor)
+    prompts, params = make_prompts(processor, 2), sampling(processor, n=2)
+    try:
+        shake(trainer, 0.05, seed=1)
+        monkeypatch.setattr(vllm_worker.WorkerExtension, "_dapo_pack_head", lambda self: None)
+        engine.update_weights(trainer.named_parameters(), version=1)
+        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) > 0.01
+    finally:
+        engine.close()
+
+
+def test_an_engine_in_its_own_process_takes_weights_through_shared_memory(
+    folder_of: Folders, processor_of: Processors
+) -> None:
+    processor, trainer = processor_of("moe"), load_plain(folder_of("moe"))
+    engine = start(folder_of("moe"), processor, separate_process=True)
+    prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
+    try:
+        shake(trainer, 0.05, seed=1)
+        engine.update_weights(trainer.named_parameters(), version=1)
+        sums = {name: float(p.double().abs().sum()) for name, p in trainer.named_parameters()}
+        compare_fingerprints(trainer=sums, engine=engine.fingerprint())
+        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) < EXACT
+        assert not list(Path("/dev/shm").glob(f"dapo-weights-{os.getpid()}-*"))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_two_tensor_parallel_ranks_agree_with_the_trainer(kind: str, folder_of: Folders) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.rollout.tp_rank", str(folder_of(kind))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", port], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
+    assert results[0]["ids"] == results[1]["ids"]
+    assert max(gap for result in results for gap in result["gaps"]) < EXACT
+    assert results[0]["ranks"] == 2
+
+
+def test_vllm_refusing_its_arguments_is_one_clear_error(folder_of: Folders, processor_of: Processors) -> None:
+    with pytest.raises(ConfigError, match="vLLM refuses to start"):
+        VllmEngine(folder_of("text"), processor_of("text"), max_model_len=10_000_000, kv_cache_mib=1)
+
+
+def test_kv_cache_of_bfloat16_stays_near(folder_of: Folders, processor_of: Processors) -> None:
+    processor = processor_of("dense")
+    engine = start(folder_of("dense"), processor, dtype="bfloat16")
+    prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
+    try:
+        out = engine.generate(prompts, params)
+        assert largest_gap(load_plain(folder_of("dense")), processor, prompts, out, 0.8) < 0.5
+    finally:
+        engine.close()
+    assert torch.get_default_dtype() is torch.float32

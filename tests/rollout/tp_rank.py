@@ -1,0 +1,46 @@
+"""One rank of a tensor-parallel engine beside a trainer's process group; prints one line of JSON.
+
+python -m tests.rollout.tp_rank FOLDER RANK WORLD PORT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(folder: str, rank: str, world: str, port: str) -> None:
+    os.environ.update(RANK=rank, LOCAL_RANK="0", WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    from dapo.data.processor import PromptProcessor
+    from dapo.rollout.vllm_engine import VllmEngine
+    from tests.rollout.small import largest_gap, load_plain, make_prompts, sampling, shake
+
+    path = Path(folder)
+    processor = PromptProcessor(path)
+    engine = VllmEngine(
+        path, processor, max_model_len=256, max_num_seqs=32, kv_cache_mib=32, tensor_parallel=int(world)
+    )
+    trainer, prompts = load_plain(path), make_prompts(processor, 3)
+    gaps, ids = [], []
+    for version in range(3):
+        if version:
+            shake(trainer, 0.05, seed=version)
+            engine.update_weights(trainer.named_parameters(), version)
+        out = engine.generate(prompts, sampling(processor, n=2))
+        gaps.append(largest_gap(trainer, processor, prompts, out, 0.8))
+        ids.append([[one.token_ids for one in group] for group in out])
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)  # the trainer's own group still works
+    sys.stdout.write("RESULT " + json.dumps({"gaps": gaps, "ids": ids, "ranks": int(total)}) + "\n")
+    engine.close()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
