@@ -18,6 +18,8 @@ from dapo.observe.shipper import connect, experiment_id, tracking_uri
 KIND, EVALUATION = "dapo.kind", "evaluation"
 SET, MODEL_DIGEST, SOURCE_RUN = "dapo.question_set", "checkpoint.digest", "dapo.source_run"
 
+_WORDS = {True: "promoted", False: "refused", None: "awaits approval"}
+
 
 def log_evaluation(folder: EvaluationFolder, config: RunConfig) -> str:
     """A finished evaluation as an MLflow run of its own; id of the one that is there already, where there is one.
@@ -75,7 +77,8 @@ def record_decision(
     """Write down what was decided and why, whichever way: a file, the version's tags, an artifact of its run.
 
     Args:
-        decision: `Decision.plain()` and whatever else belongs to it; `promote`, `reasons` and `difference` at least.
+        decision: `Decision.plain()` and whatever else belongs to it; `promote` (None: a person is asked), `reasons` and
+            `difference` at least.
         root: the folder of runs.
 
     Returns:
@@ -95,7 +98,7 @@ def record_decision(
     registry.tag(
         challenger,
         {
-            "gate.decision": "promoted" if decision["promote"] else "refused",
+            "gate.decision": _WORDS[decision["promote"]],
             "gate.reasons": "; ".join(decision["reasons"])[:4000],
             "gate.difference": "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference),
             "gate.against": str(champion.version) if champion else "base",

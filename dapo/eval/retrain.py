@@ -1,0 +1,75 @@
+"""When and how a model is trained again: the occasion, the next run's configuration, how both models are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dapo.config import io
+from dapo.config.model import FolderModel
+from dapo.config.run import RunConfig
+from dapo.observe.registry import ModelVersion
+
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """Whether to train again, and why or why not."""
+
+    train: bool
+    reason: str
+
+
+def occasion(champion: ModelVersion | None, data_key: str, code: str, because: str = "") -> Occasion:
+    """Train where somebody asks (a schedule, a person, an event), or where data or code changed since the champion.
+
+    Args:
+        champion: the model in use.
+        data_key: of the data as it is now (`dapo.data.prepare.data_key`).
+        code: digest of the training code as it is now (`dapo.observe.manifest.code_digest`).
+        because: the asker's reason; empty: nobody asked.
+    """
+    if because:
+        return Occasion(True, because)
+    if champion is None:
+        return Occasion(True, "there is no champion yet")
+    had_data, had_code = champion.tags.get("data.key", ""), champion.tags.get("code.digest", "")
+    if had_data != data_key:
+        return Occasion(True, f"data changed: {had_data or 'unknown'} -> {data_key}")
+    if had_code != code:
+        return Occasion(True, f"training code changed: {had_code or 'unknown'} -> {code}")
+    return Occasion(
+        False,
+        f"neither data ({data_key}) nor training code ({code}) changed since champion version {champion.version} was "
+        "trained, and nobody asked; give `because` to train all the same",
+    )
+
+
+def training_config(config: RunConfig, champion: ModelVersion | None, stamp: str) -> RunConfig:
+    """The next run: from the champion's weights where there is one, under its own name and seed.
+
+    Args:
+        stamp: hex digits of this retraining. It names the run, so that a repeated flow run finds its training again,
+            and it is the seed: with the old one an unchanged retraining would repeat the last one to the bit.
+    """
+    changes: dict[str, Any] = {"name": f"{config.name}-retrain-{stamp}", "seed": int(stamp, 16) % 2**31}
+    if champion is not None:
+        source = FolderModel(path=str(champion.folder))
+        changes["model"] = config.model.model_copy(update={"source": source})
+    return config.model_copy(update=changes)
+
+
+def measuring_config(
+    config: RunConfig, split: Split | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> RunConfig:
+    """How champion and challenger are compared; the configured seed, so that both get the same random streams.
+
+    Args:
+        split: None: the held-out split that training does not look at. The challenger is the best of many validations
+            on the other one: measured there again, its luck would count.
+        overrides: dotted keys, for example {"validation.samples": 8}.
+    """
+    other: Split = "validation" if config.data.validation_split == "test" else "test"
+    return io.override(io.override(config, {"data.validation_split": split or other}), overrides)

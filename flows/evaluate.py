@@ -1,0 +1,53 @@
+"""The flow `evaluate`: any model on any prepared data, without training.
+
+dapo evaluate models:/dapo-geo3k@champion configs/geo3k.yaml      here and now
+prefect deployment run evaluate/geo3k -p model=OWNER/NAME         by a Prefect worker
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from dapo.config.run import RunConfig
+from flows.dapo import Overrides, resolve
+from tasks import inputs
+from tasks.cached import CachedStage
+from tasks.evaluate import evaluate as evaluate_model
+from tasks.prepare_dataset import prepare_dataset
+
+
+def run_name() -> str:
+    """Model and time."""
+    return f"{flow_run.parameters['model']}-{datetime.now():%Y-%m-%d-%H%M%S}"
+
+
+@flow(name="evaluate", flow_run_name=run_name, persist_result=False)
+def evaluate(
+    model: str = "base",
+    config_path: str = "configs/geo3k_tiny.yaml",
+    overrides: Overrides = None,
+    config: RunConfig | None = None,
+    data: str | None = None,
+) -> str:
+    """Measure a model on held-out prompts: mean@k, pass@k, maj@k with intervals, slices, a page of answers.
+
+    Args:
+        model: a checkpoint, run or Hugging Face folder, models:/NAME@ALIAS or models:/NAME/VERSION, a hub repository
+            OWNER/NAME[@REVISION], or `base` for the weights the configuration starts from.
+        config_path: YAML file, relative to the worker's working directory: data, decoding, grader, engine.
+        overrides: dotted keys on top of the file, for example {"validation.samples": 32}.
+        config: a whole configuration instead of the file; the overrides apply to it too.
+        data: folder of prepared data; without it the configured source is prepared.
+
+    Returns:
+        The evaluation's folder.
+    """
+    run = resolve(config_path, overrides, config)
+    try:
+        prepared = data or CachedStage(prepare_dataset, run.data).result()
+        return evaluate_model(run, model, prepared)
+    finally:
+        inputs.abort_all()

@@ -1,0 +1,174 @@
+"""The flow `retrain`: from the champion to a challenger, and to a decision between them.
+
+prefect deployment run retrain/geo3k-weekly                          where data or code changed
+prefect deployment run retrain/geo3k-weekly -p because="new figures" in any case
+
+Every stage finds its own earlier result, so a flow run that was suspended, retried or resumed repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import Flow, flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
+from prefect.input import RunInput
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled
+
+from dapo.config.run import RunConfig
+from dapo.errors import ConfigError
+from dapo.eval.gate import GateConfig
+from dapo.eval.models import BASE, checkpoint_of
+from dapo.eval.retrain import Split, measuring_config, training_config
+from dapo.observe.layout import RunFolder
+from dapo.observe.registry import Registry
+from dapo.observe.shipper import tracking_uri
+from flows.dapo import Overrides, dapo, resolve
+from tasks.decide import decide
+from tasks.evaluate import evaluate
+from tasks.find_reason import find_reason
+from tasks.progress import artifact_key, best_effort
+from tasks.promote import promote
+from tasks.register import register
+
+
+class Approval(RunInput):
+    """The form in Prefect's page."""
+
+    decision: Literal["promote", "keep the champion"] = "keep the champion"
+    note: str = ""
+    """Kept with the decision."""
+
+
+def run_name() -> str:
+    """Model, reason and time."""
+    given = flow_run.parameters
+    return f"{Path(given['config_path']).stem}-{given['because'] or 'if-changed'}-{datetime.now():%Y-%m-%d-%H%M%S}"
+
+
+def stop_training(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """On cancellation: the subflow that trains does not know that its parent was cancelled."""
+    from tasks.train import stop_running_job
+
+    given = flow_run.parameters
+    whole = RunConfig.model_validate(given["config"]) if given.get("config") else None
+    config = resolve(given["config_path"], given.get("overrides"), whole)
+    place = _place(config, str(flow_run.id))
+    if place.is_file():
+        stop_running_job(RunConfig.model_validate(json.loads(place.read_text())["training"]))
+
+
+@flow(name="retrain", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_training])
+def retrain(
+    config_path: str = "configs/geo3k_tiny.yaml",
+    overrides: Overrides = None,
+    config: RunConfig | None = None,
+    because: str = "",
+    gate: GateConfig | None = None,
+    gate_split: Split | None = None,
+    gate_overrides: Overrides = None,
+    approval: bool = False,
+    approval_hours: float = 72.0,
+) -> Any:
+    """Train again from the champion, measure both on the same held-out prompts, promote what is better.
+
+    Args:
+        config_path: YAML file, relative to the worker's working directory; `mlflow.registered_model` must be set.
+        overrides: dotted keys on top of the file.
+        config: a whole configuration instead of the file.
+        because: why; empty: train only where data or training code changed since the champion was trained.
+        gate: what the challenger must show.
+        gate_split: held-out split of the comparison; null: the one that training does not validate on.
+        gate_overrides: dotted keys for the comparison only, for example {"validation.samples": 8}.
+        approval: a person must agree to a promotion; the flow waits, with a form in its page.
+        approval_hours: after which the champion stays.
+
+    Returns:
+        promoted | refused | skipped: and why.
+    """
+    run = resolve(config_path, overrides, config)
+    name = run.mlflow.registered_model
+    if not name:
+        raise ConfigError("retrain needs a registered model: set mlflow.registered_model, for example to dapo-geo3k")
+    begun = _begin(run, because)
+    best_effort(create_markdown_artifact, f"{name}: {begun.reason}", key=artifact_key("reason", name))
+    if begun.training is None:
+        return f"skipped: {begun.reason}"
+    training = begun.training
+    champion = Registry(tracking_uri(run), name).require(begun.champion) if begun.champion is not None else None
+    state: Any = dapo(config=training, return_state=True)
+    if state.is_cancelled():
+        return Cancelled(message=f"the training was stopped: {state.message}; retry this flow run to go on")
+    state.result()
+
+    folder = RunFolder.of(training)
+    checkpoint = str(checkpoint_of(folder.root))
+    measuring = measuring_config(run, gate_split, gate_overrides or ())
+    data = str(json.loads(folder.inputs.read_text())["data"])
+    before = evaluate(measuring, champion.reference if champion else BASE, data)
+    after = evaluate(measuring, checkpoint, data)
+    challenger = register(run, checkpoint, after)
+    decision = decide(name, before, after, gate or GateConfig()) | {"because": begun.reason, "run": folder.id}
+    if decision["promote"] and approval:
+        promote(run, challenger, begun.champion, decision | {"promote": None})
+        decision |= _asked(name, challenger, decision, approval_hours)
+    path = promote(run, challenger, begun.champion, decision)
+    get_run_logger().info("decision: %s", path)
+    return f"{'promoted' if decision['promote'] else 'refused'}: {'; '.join(decision['reasons'])}"
+
+
+def _asked(name: str, challenger: int, decision: dict[str, Any], hours: float) -> dict[str, Any]:
+    """What a person said, as changes to the decision; nobody's word keeps the champion."""
+    question = f"Promote **{name} version {challenger}**?\n\n" + "\n".join(f"- {r}" for r in decision["reasons"])
+    form = Approval.with_initial_data(description=question)
+    # A worker's slot is not held while a person sleeps: a deployment's run ends here and starts anew.
+    ask = suspend_flow_run if deployment.id else pause_flow_run
+    try:
+        answer = ask(wait_for_input=form, timeout=int(hours * 3600), key="approval")
+    except FlowPauseTimeout:
+        reason = f"nobody approved within {hours:g} hours"
+        return {"promote": False, "reasons": [reason], "approval": {"decision": "none", "note": reason}}
+    told = {"decision": answer.decision, "note": answer.note}
+    if answer.decision == "promote":
+        return {"approval": told}
+    return {"promote": False, "reasons": [f"not approved: {answer.note or 'no note'}"], "approval": told}
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What a retraining set out with. Later the champion or the data may be others: it stays what it was."""
+
+    reason: str
+    champion: int | None
+    training: RunConfig | None
+    """None: there was no reason to train."""
+
+
+def _begin(run: RunConfig, because: str) -> _Begun:
+    """The reason and the training's configuration, remembered per flow run."""
+    place = _place(run, str(flow_run.id))
+    if place.is_file():
+        told = json.loads(place.read_text())
+        return _Begun(told["reason"], told["champion"], RunConfig.model_validate(told["training"]))
+    train, reason, version = find_reason(run, because)
+    if not train:
+        return _Begun(reason, version, None)
+    name = run.mlflow.registered_model or ""
+    champion = Registry(tracking_uri(run), name).require(version) if version is not None else None
+    training = training_config(run, champion, str(flow_run.id).replace("-", "")[:8])
+    place.parent.mkdir(parents=True, exist_ok=True)
+    told = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
+    place.write_text(json.dumps(told, indent=1))
+    return _Begun(reason, version, training)
+
+
+def _place(run: RunConfig, flow_run_id: str) -> Path:
+    return Path(run.run_root).resolve() / "retrain" / f"{flow_run_id}.json"

@@ -1,0 +1,57 @@
+"""The evaluation stage: one model on held-out prompts, in a process or Ray job of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+
+from dapo.config.run import RunConfig
+from tasks import inputs
+from tasks.progress import ProgressBar, artifact_key, best_effort
+
+
+@task(task_run_name="evaluate-{reference}", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(config: RunConfig, reference: str, data: str) -> str:
+    """Folder of the evaluation; measured before, it is found again.
+
+    Args:
+        config: split, decoding, grader, engine; `mlflow` says where it is recorded.
+        reference: which model (`dapo.eval.models.FORMS`).
+        data: folder of prepared data.
+    """
+    from dapo.eval.evaluate import make_folder
+    from dapo.eval.models import find_model
+    from dapo.eval.record import log_evaluation
+    from dapo.runtime.evaluation import evaluate as measure
+
+    log = get_run_logger()
+    model = find_model(reference, config)
+    bar = ProgressBar("evaluate", model.name)
+    weights = inputs.begin("weights", model.source, Path(config.data.cache_dir)).wait(bar)
+    folder = make_folder(config, model, Path(data), weights)
+    if folder.done:
+        log.info("skipped: the same weights answered the same questions before, in %s", folder.root)
+    measured = measure(folder, bar)
+    accuracy = measured["metrics"]["val/accuracy"]
+    log.info("%s: accuracy %.4f on %d prompts", reference, accuracy, measured["metrics"]["val/prompts"])
+    rows = [f"| {n} | {e['value']:.4f} | {e['low']:.4f} to {e['high']:.4f} |" for n, e in measured["estimates"].items()]
+    rows += [f"| {n} | {v:.4g} | |" for n, v in measured["metrics"].items() if "slice/" not in n]
+    table = "\n".join([f"# {reference}", "", "| measure | value | 95 % interval |", "|---|---|---|", *rows])
+    best_effort(create_markdown_artifact, table, key=artifact_key("evaluation", model.name))
+    best_effort(
+        create_link_artifact, folder.page.as_uri(), link_text="answers", key=artifact_key("answers", model.name)
+    )
+    resource = {"prefect.resource.id": f"dapo.model.{model.name}", "prefect.resource.name": model.name}
+    payload = {"evaluation": folder.id, "accuracy": accuracy, "reference": reference}
+    best_effort(emit_event, "dapo.evaluation.completed", resource=resource, payload=payload)
+    try:
+        log.info("MLflow run %s", log_evaluation(folder, config))
+    except Exception as error:
+        # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the numbers are on disk all the same.
+        log.warning("MLflow did not take the evaluation: %s: %s", type(error).__name__, error)
+    bar.close(f"accuracy {accuracy:.3f}")
+    return str(folder.root)
