@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: 
     """
     state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(layout)
     try:
-        dcp.save(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
+        with _quiet():
+            dcp.save(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
     except _FAILURES as error:
         raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 
@@ -59,11 +63,20 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: L
                 + (f"{list(size)} there and {list(tensor.shape)} here" if name in found else "missing")
             )
     try:
-        dcp.load(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
+        with _quiet():
+            dcp.load(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
     except _FAILURES as error:
         raise CheckpointError(f"{folder} is damaged: {_first_cause(error)}") from error
     _restore_rng(state, layout)
     return int(updates)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The library warns of a single process although it was told of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

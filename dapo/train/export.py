@@ -18,7 +18,7 @@ from dapo.model.load import EXPERT_SUFFIXES, WeightFiles
 from dapo.model.network import Network, PackInputs
 from dapo.model.vision import blank_image
 from dapo.train import weights
-from dapo.train.parallel import Layout
+from dapo.train.parallel import Layout, reshard
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,9 @@ def _probe(network: Network, layout: Layout) -> tuple[list[int], Tensor]:
         vision=blank_image(network.visual, layout.device) if sharded else None,
         image_index=tokens[:0],
     )
-    return ids, network(inputs)[0].cpu()
+    logprobs = network(inputs)[0].cpu()
+    reshard(network)
+    return ids, logprobs
 
 
 @torch.no_grad()

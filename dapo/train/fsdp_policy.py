@@ -123,8 +123,7 @@ class FsdpPolicy:
                 logprobs, _ = network(inputs)
                 kept[u, i] = logprobs
                 _spread(logprobs, targets, values)
-        for module in parallel.sharded_modules(network):
-            module.reshard()
+        parallel.reshard(network)
         return LogProbs(tuple(tuple(group) for group in values))
 
     # ---- one optimiser update ---------------------------------------------------------------------------------------

@@ -132,6 +132,12 @@ def sharded_modules(network: nn.Module) -> list[FSDPModule]:
     return [module for module in network.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(network: nn.Module) -> None:
+    """After a forward pass without a backward: the root's weights are still whole, and no longer shards to sum over."""
+    for module in sharded_modules(network):
+        module.reshard()
+
+
 def leave() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():

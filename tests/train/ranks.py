@@ -1,0 +1,94 @@
+"""Several policies in as many gloo processes, started once for many cases: starting is what takes the time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from dapo import torchvision_cpu
+from dapo.plan.packing import plan_packs
+from tests.model.tiny import TinyProcessor, make_batch, make_folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a configuration and a batch to train one step on."""
+
+    kind: str = "dense"
+    tree: dict[str, Any] = field(default_factory=dict)
+    """Over `reference.run_config`."""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    exact: bool = True
+    """Float64 throughout; recomputation in the backward pass does not see the test's float64 mode."""
+    save: str = ""
+    """Folder below the run's folder for the state after the step."""
+    load: str = ""
+    """State to begin from."""
+    export: str = ""
+    tokens_per_pack: int = 64
+
+    def make_batch(self) -> Any:
+        return make_batch(**{"images": "none" if self.kind == "text" else "some"} | self.batch)
+
+    def make_folder(self, root: Path) -> Path:
+        folder = root / f"{self.kind}{'-tied' if self.tied else ''}"
+        return folder if folder.exists() else make_folder(folder, self.kind, tied=self.tied)
+
+
+def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """One step on this rank; what every rank can say about it afterwards."""
+    from dapo.train.fsdp_policy import FsdpPolicy
+    from tests.train.reference import exact, run_config
+
+    dtype = torch.float64
+    config = run_config(case.tree, world_size=world, **case.parallel)
+    policy = FsdpPolicy(config, folder, TinyProcessor(case.kind, dtype), rank, world, master_dtype=dtype)
+    if case.load:
+        policy.load(root / case.load)
+    batch = case.make_batch()
+    plan = plan_packs(batch, ranks=config.data_parallel, tokens_per_pack=case.tokens_per_pack)
+    with exact(case.exact):
+        old = policy.old_logprobs(batch, plan)
+        updates = [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
+    if case.save:
+        (root / case.save).mkdir(exist_ok=True)
+        policy.save(root / case.save)
+    if case.export:
+        policy.export(root / case.export)
+    weights = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    packs = [[len(pack.segments) for pack in ranks] for update in plan.updates for ranks in update]
+    return {
+        "updates": updates,
+        "weights": weights,
+        "fingerprint": policy.fingerprint(),
+        "packs": packs,
+        "old": old.values,
+        "count": policy.updates,
+    }
+
+
+def run_ranks(world: int, cases: dict[str, Case], root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every case in `world` processes; results per case and rank."""
+    folders = {name: case.make_folder(root) for name, case in cases.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (world, port, cases, folders, root), nprocs=world)
+    return {name: [torch.load(root / f"{name}-{rank}.pt") for rank in range(world)] for name in cases}
+
+
+def _rank(rank: int, world: int, port: int, cases: dict[str, Case], folders: dict[str, Path], root: Path) -> None:
+    torchvision_cpu.install()
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, case in cases.items():
+        torch.save(run_case(case, folders[name], root, rank, world), root / f"{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()

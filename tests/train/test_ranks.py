@@ -1,0 +1,80 @@
+"""Two gloo ranks give what one process of plain transformers gives; their state and export go anywhere."""
+
+import pytest
+import torch
+
+from dapo.model.load import load_model
+from tests.train.ranks import Case, run_case, run_ranks
+from tests.train.reference import reference_run, run_config
+
+# Odd numbers, so that ranks get unequal packs; half of the prompts have images, so that some packs have none.
+BATCH = {"groups": 5, "per_update": 3}
+CASES = {
+    "fsdp": Case("dense", batch=BATCH, save="two", export="export"),
+    "resumed": Case("dense", batch=BATCH, load="two"),
+    "hsdp": Case("moe", parallel={"fsdp_size": 1}, batch=BATCH),
+    "tied": Case("text", tied=True, batch=BATCH),
+    "text-only": Case("dense", batch={**BATCH, "images": "none"}),
+    "checkpointing": Case("dense", {"model": {"gradient_checkpointing": True}}, batch=BATCH, exact=False),
+    "filler": Case("dense", batch={"groups": 1, "size": 1, "per_update": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    return run_ranks(2, CASES, root)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load])
+def test_two_ranks_equal_plain_transformers_in_one_process(name, results, root):
+    case = CASES[name]
+    expected, weights = reference_run(case.make_folder(root), case.kind, case.make_batch(), run_config())
+    tolerance = 1e-9 if case.exact else 1e-5
+    for result in results[name]:
+        for found, (loss, norm) in zip(result["updates"], expected, strict=True):
+            assert found["loss"] == pytest.approx(loss, abs=tolerance)
+            assert found["grad_norm"] == pytest.approx(norm, abs=tolerance)
+        for tensor_name, tensor in result["weights"].items():
+            torch.testing.assert_close(tensor, weights[tensor_name], rtol=0, atol=tolerance, msg=tensor_name)
+
+
+def test_all_ranks_agree_on_metrics_and_fingerprint(results):
+    for first, second in results.values():
+        assert first["updates"] == second["updates"]
+        assert first["fingerprint"] == second["fingerprint"]
+        for name, total in first["fingerprint"].items():
+            assert total == pytest.approx(float(first["weights"][name].abs().sum()), rel=1e-12)
+
+
+def test_each_sequences_old_logprobs_come_from_one_rank(results):
+    case, (first, second) = CASES["fsdp"], results["fsdp"]
+    batch = case.make_batch()
+    later = set(batch.updates[1])
+    for index, group in enumerate(batch.groups):
+        for s, sequence in enumerate(group.sequences):
+            lengths = sorted(len(r["old"][index][s]) for r in (first, second))
+            assert lengths == ([0, len(sequence.response_ids)] if index in later else [0, 0])
+
+
+def test_a_filler_pack_is_among_the_cases(results):
+    assert any(0 in packs for packs in results["filler"][0]["packs"])
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process_as_on_two(results, root):
+    case = Case("dense", batch=BATCH, load="two")
+    alone = run_case(case, case.make_folder(root), root)
+    for result in results["resumed"]:
+        assert result["count"] == alone["count"] == 4
+        for name, tensor in result["weights"].items():
+            torch.testing.assert_close(tensor, alone["weights"][name], rtol=0, atol=1e-9)
+
+
+def test_an_export_of_two_ranks_holds_the_trained_weights(results, root):
+    loaded = load_model(root / "export", device=torch.device("cpu"), dtype=torch.float64)
+    for name, tensor in loaded.named_parameters():
+        assert torch.equal(tensor, results["fsdp"][0]["weights"][name]), name
