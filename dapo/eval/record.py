@@ -86,8 +86,7 @@ def record_decision(
     """
     content = {
         "model": registry.name,
-        "challenger": challenger.version,
-        "champion": champion.version if champion else None,
+        "versions": {"champion": champion.version if champion else None, "challenger": challenger.version},
         "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **decision,
     }
