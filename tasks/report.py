@@ -15,14 +15,13 @@ from tasks.progress import Stage, artifact_key, best_effort, tell
 def report(config: RunConfig) -> str:
     """Absolute path of the page. Safe to repeat."""
     from dapo.observe.journal import read
-    from dapo.observe.report import summary, write_report
+    from dapo.observe.report import headline, summary, write_plots, write_report
     from dapo.observe.shipper import log_artifacts
 
     folder = RunFolder.of(config)
     tell(Stage("report", "running"))
     page = write_report(folder)
-    told = summary(list(read(folder.journal)))
-    lines = [f"| {name} | {value} |" for name, value in told.items()]
+    lines = [f"| {label} | {value} |" for value, label in headline(summary(list(read(folder.journal))))]
     best_effort(
         create_markdown_artifact,
         "\n".join([f"# {folder.id}", "", "| | |", "|---|---|", *lines]),
@@ -30,7 +29,8 @@ def report(config: RunConfig) -> str:
     )
     best_effort(create_link_artifact, page.as_uri(), link_text="report", key=artifact_key("report", folder.id))
     try:
-        log_artifacts(folder, config, page)
+        log_artifacts(folder, config, [page])
+        log_artifacts(folder, config, write_plots(folder), under="plots")
     except Exception as error:
         # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the page is on disk whatever it says.
         get_run_logger().warning("MLflow did not take the report: %s: %s", type(error).__name__, error)

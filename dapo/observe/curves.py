@@ -105,6 +105,7 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
     if not lines:
         return None
     from matplotlib.figure import Figure  # no pyplot: no global state, any thread
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.add_subplot()
@@ -118,14 +119,14 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
             axes.plot(steps, values, label=label, color=colour, linewidth=1.8, marker=mark, markersize=4)
         _band(axes, chart, events)
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     axes.set_ylabel(chart.unit)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _band(axes: Any, chart: Chart, events: Sequence[Event]) -> None:
@@ -136,7 +137,8 @@ def _band(axes: Any, chart: Chart, events: Sequence[Event]) -> None:
             axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib figure as an SVG element."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -91,5 +91,9 @@ class RunFolder:
         return self.root / "validation" / f"step-{step:06d}.results.jsonl"
 
     @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"

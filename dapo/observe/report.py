@@ -35,7 +35,8 @@ def write_report(folder: RunFolder) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         run=folder.id,
-        summary=summary(events),
+        summary=(told := summary(events)),
+        headline=headline(told),
         charts=[(chart, svg) for chart in CHARTS if (svg := draw(chart, events))],
         samples=samples(folder, events),
         alarms=[e for e in events if e.kind == "alarm"],
@@ -69,6 +70,38 @@ def summary(events: list[Event]) -> dict[str, Any]:
         "alarms": sum(e.kind == "alarm" for e in events),
         "attempts": sum(e.kind == "started" for e in events),
     }
+
+
+def headline(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """`summary` as (value, label) for people."""
+
+    def accuracy(event: Event | None) -> str:
+        return f"{100 * event.data['metrics']['val/accuracy']:.1f} %" if event else "-"
+
+    best = f"best, step {told['best'].step}" if told["best"] else "best"
+    return [
+        (accuracy(told["before"]), "held-out accuracy before"),
+        (accuracy(told["after"]), "after"),
+        (accuracy(told["best"]), best),
+        (f"{told['step']} of {told['total_steps']}", "steps"),
+        (f"{told['seconds_per_step']:.2f} s" if told["seconds_per_step"] else "-", "mean time of a step"),
+        (f"{told['minutes']:.1f} min", "training"),
+        (str(told["alarms"]), "alarms"),
+        (str(told["attempts"]), "start of the job" if told["attempts"] == 1 else "starts of the job"),
+    ]
+
+
+def write_plots(folder: RunFolder) -> list[Path]:
+    """Each chart of the report as an SVG file of its own, for MLflow and for documents."""
+    events = list(read(folder.journal))
+    folder.plots.mkdir(exist_ok=True)
+    written = []
+    for chart in CHARTS:
+        if svg := draw(chart, events):
+            path = folder.plots / f"{chart.title.lower().replace(' ', '-')}.svg"
+            path.write_text(svg)
+            written.append(path)
+    return written
 
 
 def samples(folder: RunFolder, events: list[Event]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,12 +250,12 @@ class Shipper:
         os.replace(temporary, self.folder.mlflow)
 
 
-def log_artifacts(folder: RunFolder, config: RunConfig, *files: Path) -> None:
-    """Add finished files (report, plots) to the run's MLflow artifacts."""
+def log_artifacts(folder: RunFolder, config: RunConfig, files: Iterable[Path], under: str | None = None) -> None:
+    """Add finished files (report, plots) to the run's MLflow artifacts, in the folder `under`."""
     state = json.loads(folder.mlflow.read_text())
     client = connect(tracking_uri(config))
     for file in files:
-        client.log_artifact(state["run_id"], str(file))
+        client.log_artifact(state["run_id"], str(file), under)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

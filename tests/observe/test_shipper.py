@@ -3,6 +3,7 @@
 import mlflow
 import pytest
 
+from dapo.observe.report import write_plots
 from dapo.observe.shipper import Shipper, log_artifacts
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
@@ -39,7 +40,8 @@ def test_run_says_what_it_was_made_from(shipped):
     assert run.inputs.dataset_inputs[0].dataset.digest
     artifacts = {a.path for a in client.list_artifacts(run_id)}
     assert {"config.yaml", "manifest.json", "validation"} <= artifacts
-    log_artifacts(folder, config, folder.config)
+    log_artifacts(folder, config, write_plots(folder), under="plots")
+    assert "plots/entropy.svg" in {a.path for a in client.list_artifacts(run_id, "plots")}
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
