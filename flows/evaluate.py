@@ -7,6 +7,7 @@ prefect deployment run evaluate/geo3k -p model=OWNER/NAME         by a Prefect w
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -21,7 +22,7 @@ from tasks.prepare_dataset import prepare_dataset
 
 def run_name() -> str:
     """Model and time."""
-    return f"{flow_run.parameters['model']}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    return f"{Path(flow_run.parameters['model']).name}-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 
 @flow(name="evaluate", flow_run_name=run_name, persist_result=False)
@@ -48,6 +49,6 @@ def evaluate(
     run = resolve(config_path, overrides, config)
     try:
         prepared = data or CachedStage(prepare_dataset, run.data).result()
-        return evaluate_model(run, model, prepared)
+        return evaluate_model(run, model, prepared, Path(model).name)
     finally:
         inputs.abort_all()

@@ -49,9 +49,10 @@ class Approval(RunInput):
 
 
 def run_name() -> str:
-    """Model, reason and time."""
+    """Configuration, reason and time."""
     given = flow_run.parameters
-    return f"{Path(given['config_path']).stem}-{given['because'] or 'if-changed'}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    name = RunConfig.model_validate(given["config"]).name if given.get("config") else Path(given["config_path"]).stem
+    return f"{name}-{given['because'] or 'if-changed'}-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 
 def stop_training(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -113,8 +114,8 @@ def retrain(
     checkpoint = str(checkpoint_of(folder.root))
     measuring = measuring_config(run, gate_split, gate_overrides or ())
     data = str(json.loads(folder.inputs.read_text())["data"])
-    before = evaluate(measuring, champion.reference if champion else BASE, data)
-    after = evaluate(measuring, checkpoint, data)
+    before = evaluate(measuring, champion.reference if champion else BASE, data, "champion")
+    after = evaluate(measuring, checkpoint, data, "challenger")
     challenger = register(run, checkpoint, after)
     decision = decide(name, before, after, gate or GateConfig()) | {"because": begun.reason, "run": folder.id}
     if decision["promote"] and approval:

@@ -14,14 +14,15 @@ from tasks import inputs
 from tasks.progress import ProgressBar, artifact_key, best_effort
 
 
-@task(task_run_name="evaluate-{reference}", cache_policy=NO_CACHE, persist_result=False)
-def evaluate(config: RunConfig, reference: str, data: str) -> str:
+@task(task_run_name="evaluate-{label}", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(config: RunConfig, reference: str, data: str, label: str) -> str:
     """Folder of the evaluation; measured before, it is found again.
 
     Args:
         config: split, decoding, grader, engine; `mlflow` says where it is recorded.
         reference: which model (`dapo.eval.models.FORMS`).
         data: folder of prepared data.
+        label: names the task run.
     """
     from dapo.eval.evaluate import make_folder
     from dapo.eval.models import find_model

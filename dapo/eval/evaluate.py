@@ -109,7 +109,6 @@ def question_set(config: RunConfig, data: Path) -> str:
         "decoding": config.validation.model_dump(mode="json", include={"samples", "temperature", "top_p", "top_k"}),
         "prompts": config.validation.max_prompts,
         "tokens": config.batch.max_response_tokens,
-        "seed": config.seed,
         "reward": config.reward.model_dump(mode="json", include={"function", "deadline_s"}),
         "engine": [config.rollout.engine, config.rollout.dtype, config.model.compute_dtype],
         "code": code_digest(_MEASURING_CODE),
@@ -120,7 +119,7 @@ def question_set(config: RunConfig, data: Path) -> str:
 def make_folder(config: RunConfig, model: Model, data: Path, weights: Path) -> EvaluationFolder:
     """The folder of this evaluation, with what the process that measures reads. Safe to repeat."""
     asked = question_set(config, data)
-    key = hashlib.sha256(f"{model.digest}/{asked}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{model.digest}/{asked}/{config.seed}".encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "_", model.name)
     folder = EvaluationFolder(Path(config.run_root).resolve() / "evaluations" / f"{name}-{key}")
     folder.root.mkdir(parents=True, exist_ok=True)
