@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from dapo.model import attention_short, attention_split
 from dapo.model.layout import PackLayout
+from dapo.model.ulysses import SequenceGroup, gather_tokens, repeated_heads, scatter_tokens
 
 ATTENTION = "dapo_packed"
 """Name in the registry."""
@@ -31,6 +32,7 @@ def packed_attention(
     dropout: float = 0.0,
     *,
     pack_layout: PackLayout | None = None,
+    sequence_group: SequenceGroup | None = None,
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -40,6 +42,7 @@ def packed_attention(
         query: [1, H, N, D] of a pack, or without a layout [B, H, T, D] of equally long sequences.
         key, value: [1, K, N, D]; K divides H (grouped-query attention).
         pack_layout: how the N tokens lie; without it, full or causal attention within each row.
+        sequence_group: the ranks that each hold a share of the pack's tokens; N is then this rank's share.
 
     Returns:
         [1, N, H, D] and None (no attention weights).
@@ -54,14 +57,21 @@ def packed_attention(
             query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale
         )
         return out.transpose(1, 2), None
-    assert (query.shape[0], query.shape[2]) == (1, pack_layout.tokens), (
-        f"the layout describes {pack_layout.tokens} tokens, attention was given {tuple(query.shape)}"
-    )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    kernel = attention_split.kernel_for(q, pack_layout)
+    if sequence_group is None:
+        return _attend(q, k, v, pack_layout, scale)[None], None
+    copies = repeated_heads(k.shape[1], sequence_group.size)
+    k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
+    q, k, v = (gather_tokens(x, pack_layout.tokens, sequence_group) for x in (q, k, v))
+    return scatter_tokens(_attend(q, k, v, pack_layout, scale), sequence_group)[None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float) -> Tensor:
+    assert q.shape[0] == layout.tokens, f"the layout describes {layout.tokens} tokens, attention was given {len(q)}"
+    kernel = attention_split.kernel_for(q, layout)
     if kernel is None:
-        return attention_short.attend(q, k, v, pack_layout, scale)[None], None
-    return attention_split.attend(q, k, v, pack_layout, scale, kernel)[None], None
+        return attention_short.attend(q, k, v, layout, scale)
+    return attention_split.attend(q, k, v, layout, scale, kernel)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dapo.model.layout import PackLayout
 from dapo.model.logprobs import token_logprobs
+from dapo.model.ulysses import SequenceGroup, SequenceSlice, join_values
 from dapo.model.vision import VisionInputs, vision_features
 
 
@@ -31,6 +33,41 @@ class PackInputs:
     """The prompts' images, each once. A pack without any may carry a blank one, see `image_index`."""
     image_index: Tensor
     """[F] where image features go; empty with `vision` set: the tower runs (sharded ranks must) and counts zero."""
+    part: SequenceSlice | None = None
+    """Sequence parallelism: the tensors above are this rank's share of a pack (the layout is of the whole)."""
+
+    def share(self, group: SequenceGroup | None) -> PackInputs:
+        """This rank's tokens, padded to equal shares, and what belongs to them."""
+        if group is None:
+            return self
+        low, high = group.bounds(len(self.token_ids))
+        missing = max(0, high - len(self.token_ids))
+        features = ((self.image_index >= low) & (self.image_index < high)).nonzero().flatten()
+        targets = ((self.sources >= low) & (self.sources < high)).nonzero().flatten()
+        return replace(
+            self,
+            token_ids=functional.pad(self.token_ids, (0, missing))[low:high],
+            positions=functional.pad(self.positions, (0, missing))[:, low:high],
+            sources=self.sources[targets] - low,
+            targets=self.targets[targets],
+            image_index=self.image_index[features] - low,
+            part=SequenceSlice(group, features, targets, len(self.targets)),
+        )
+
+    def to(self, device: torch.device) -> PackInputs:
+        """On a device; images are there already."""
+        part = self.part
+        if part is not None:
+            part = replace(part, feature_rows=part.feature_rows.to(device), target_rows=part.target_rows.to(device))
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            sources=self.sources.to(device),
+            targets=self.targets.to(device),
+            image_index=self.image_index.to(device),
+            part=part,
+        )
 
 
 class Network(nn.Module):
@@ -62,23 +99,32 @@ class Network(nn.Module):
         if pack.vision is not None:
             assert self.visual is not None, "a text-only model was given images"
             features, deepstack = vision_features(self.visual, pack.vision)
+            if pack.part is not None:
+                features = features.index_select(0, pack.part.feature_rows)
+                deepstack = [layer.index_select(0, pack.part.feature_rows) for layer in deepstack]
             if len(pack.image_index):
                 embeddings = embeddings.index_copy(1, pack.image_index, features[None].to(embeddings.dtype))
                 mask = torch.zeros(len(pack.token_ids), dtype=torch.bool, device=embeddings.device)
                 extra["visual_pos_masks"] = mask.index_fill_(0, pack.image_index, True)[None]
                 extra["deepstack_visual_embeds"] = deepstack
             else:
+                # Also where no image falls on this rank's tokens: its backward pass has collectives, too.
                 nothing = torch.stack([x.sum() for x in (features, *deepstack)]).sum() * 0.0
                 embeddings = embeddings + nothing.to(embeddings.dtype)
         positions = pack.positions[:, None] if self.visual is not None else pack.positions[:1]
+        if pack.part is not None:
+            extra["sequence_group"] = pack.part.group
         hidden = text(
             inputs_embeds=embeddings, position_ids=positions, use_cache=False, pack_layout=pack.layout, **extra
         ).last_hidden_state[0]
         head: Any = self.model.lm_head
-        return token_logprobs(
+        logprobs, entropy = token_logprobs(
             hidden.index_select(0, pack.sources),
             head.weight,
             pack.targets,
             temperature=self.temperature,
             banned=self.banned,
         )
+        if pack.part is not None:
+            logprobs, entropy = join_values(logprobs, pack.part), join_values(entropy, pack.part)
+        return logprobs, entropy

@@ -12,6 +12,7 @@ from torch import Tensor
 from dapo.model.layout import PackLayout
 from dapo.model.network import Network, PackInputs
 from dapo.model.rope import image_token_index, mrope_positions
+from dapo.model.ulysses import SequenceGroup
 from dapo.model.vision import blank_image, vision_inputs
 from dapo.types import Pack, Prompt, TrainBatch
 
@@ -51,8 +52,16 @@ class PackTargets:
 class Collator:
     """Makes tensors of packs. Positions of a prompt are computed once per batch."""
 
-    def __init__(self, processor: Processor, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        network: Network,
+        device: torch.device,
+        dtype: torch.dtype,
+        sequence_group: SequenceGroup | None = None,
+    ) -> None:
         self.processor, self.network, self.device, self.dtype = processor, network, device, dtype
+        self.sequence_group = sequence_group
         self.always_see = False
         """Sharded ranks run the vision tower on every pack, with a blank image if need be: gathering its weights
         needs all of them, and a tower that only some ranks run would hang or crash the others."""
@@ -102,16 +111,17 @@ class Collator:
         vision, image_index = self._vision(prompts)
         layout = PackLayout(tuple(len(p.token_ids) for p in prompts), tuple(inputs))
         here = self.device
+        whole = PackInputs(
+            torch.tensor(token_ids),
+            torch.cat(positions, dim=1),
+            layout,
+            torch.tensor(sources),
+            torch.tensor(targets),
+            vision,
+            image_index,
+        )
         return (
-            PackInputs(
-                torch.tensor(token_ids).to(here),
-                torch.cat(positions, dim=1).to(here),
-                layout,
-                torch.tensor(sources).to(here),
-                torch.tensor(targets).to(here),
-                vision,
-                image_index.to(here),
-            ),
+            whole.share(self.sequence_group).to(here),
             PackTargets(
                 torch.tensor(advantages, dtype=self.dtype)[sequence_ids].to(here),
                 torch.tensor(rollout, dtype=self.dtype).to(here),
@@ -161,10 +171,11 @@ class Collator:
     def _filler(self) -> tuple[PackInputs, PackTargets]:
         banned = set(self.processor.banned_token_ids)
         allowed = next(i for i in range(self.processor.vocab_size) if i not in banned)
-        one, zero = torch.tensor([allowed], device=self.device), torch.zeros(1, dtype=self.dtype, device=self.device)
-        first = torch.zeros(1, dtype=torch.long, device=self.device)
-        positions, nowhere = first.expand(3, -1), first[:0]
-        return (
-            PackInputs(one, positions, PackLayout((1,), ((0,),)), first, one, self._blank(), nowhere),
-            PackTargets(zero, zero, first, torch.zeros(1, dtype=torch.bool, device=self.device), (), ()),
+        one, first = torch.tensor([allowed]), torch.zeros(1, dtype=torch.long)
+        whole = PackInputs(
+            one, first.expand(3, -1), PackLayout((1,), ((0,),)), first, one, self._blank(), image_index=first[:0]
         )
+        zero = torch.zeros(1, dtype=self.dtype, device=self.device)
+        untrained = torch.zeros(1, dtype=torch.bool, device=self.device)
+        targets = PackTargets(zero, zero, first.to(self.device), untrained, (), ())
+        return whole.share(self.sequence_group).to(self.device), targets

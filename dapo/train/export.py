@@ -127,18 +127,19 @@ def _probe(network: Network, layout: Layout) -> tuple[list[int], Tensor]:
     vocabulary = network.model.config.get_text_config().vocab_size
     allowed = [i for i in range(vocabulary) if network.banned is None or not network.banned[i]]
     ids = [allowed[(7 * i) % len(allowed)] for i in range(_PROBE_TOKENS)]
-    tokens = torch.tensor(ids, device=layout.device)
+    tokens = torch.tensor(ids)
     sharded = layout.mesh is not None and network.visual is not None
+    places = torch.arange(len(ids) - 1)
     inputs = PackInputs(
         token_ids=tokens[:-1],
-        positions=torch.arange(len(ids) - 1, device=layout.device).expand(3, -1),
-        layout=PackLayout((len(ids) - 1,)),
-        sources=torch.arange(len(ids) - 1, device=layout.device),
+        positions=places.expand(3, -1),
+        layout=PackLayout((len(places),)),
+        sources=places,
         targets=tokens[1:],
         vision=blank_image(network.visual, layout.device) if sharded else None,
-        image_index=tokens[:0],
+        image_index=places[:0],
     )
-    logprobs = network(inputs)[0].cpu()
+    logprobs = network(inputs.share(layout.sequence).to(layout.device))[0].cpu()
     reshard(network)
     return ids, logprobs
 

@@ -15,6 +15,7 @@ from dapo.algo.objective import ObjectiveResult, TokenBatch, Totals, merge_sums,
 from dapo.config.run import RunConfig
 from dapo.model.load import load_model
 from dapo.model.network import Network
+from dapo.model.ulysses import check_heads
 from dapo.train import checkpoint, export, optim, parallel, weights
 from dapo.train.collate import Collator, PackTargets, Processor
 from dapo.train.policy import LogProbs, UpdateResult
@@ -61,7 +62,7 @@ class FsdpPolicy:
         self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer)
         self.updates = 0
         """Optimiser updates made so far in the run."""
-        self.collate = Collator(processor, self.network, self.device, master_dtype)
+        self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
         self.collate.always_see = self.layout.mesh is not None
         self._reference: Network | None = None
         self._plan: PackPlan | None = None
@@ -74,6 +75,7 @@ class FsdpPolicy:
         banned[list(self.processor.banned_token_ids)] = True
 
         def shard(model: PreTrainedModel) -> None:
+            check_heads(model.config.get_text_config().num_attention_heads, self.layout.sequence_parallel)
             network = Network(model, self.config.rollout.temperature, banned)
             model.requires_grad_(trained)
             if self.config.model.freeze_vision and network.visual is not None:

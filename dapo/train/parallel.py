@@ -17,6 +17,7 @@ from dapo.config.model import ParallelConfig
 from dapo.device import BACKENDS, Kind
 from dapo.errors import ConfigError
 from dapo.model.network import Network
+from dapo.model.ulysses import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,12 @@ class Layout:
     device: torch.device
     mesh: DeviceMesh | None
     """None: one process, no sharding and no process group."""
-    sequence_parallel: int = 1
+    sequence: SequenceGroup | None = None
+    """The ranks that share each pack with this one."""
+
+    @property
+    def sequence_parallel(self) -> int:
+        return 1 if self.sequence is None else self.sequence.size
 
     @property
     def data_rank(self) -> int:
@@ -101,7 +107,15 @@ def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, wo
                 fsdp,
             )
         mesh = init_device_mesh(kind, (world // fsdp, fsdp), mesh_dim_names=("replicate", "shard"))
-    return Layout(rank, world, device, mesh, config.sequence_parallel)
+    return Layout(rank, world, device, mesh, _sequence_group(config.sequence_parallel, kind, rank, world))
+
+
+def _sequence_group(size: int, kind: Kind, rank: int, world: int) -> SequenceGroup | None:
+    """Neighbouring ranks: they exchange most, and neighbours sit in one machine."""
+    if size == 1:
+        return None
+    mesh = init_device_mesh(kind, (world // size, size), mesh_dim_names=("data", "sequence"))
+    return SequenceGroup(mesh.get_group("sequence"), rank % size, size)
 
 
 def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:

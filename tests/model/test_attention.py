@@ -93,7 +93,7 @@ def test_without_a_layout_each_row_is_a_causal_sequence():
 
 def test_a_layout_of_another_length_is_refused():
     q, k = torch.zeros(1, HEADS, 6, WIDTH), torch.zeros(1, KV_HEADS, 6, WIDTH)
-    with pytest.raises(AssertionError, match="describes 7 tokens"):
+    with pytest.raises(AssertionError, match="describes 7 tokens, attention was given 6"):
         packed_attention(torch.nn.Identity(), q, k, k, None, 0.3, pack_layout=PackLayout((7,)))
 
 

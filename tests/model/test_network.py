@@ -9,7 +9,7 @@ from dapo.model.load import load_model
 from dapo.model.network import Network
 from dapo.plan.packing import plan_packs
 from dapo.train.collate import Collator
-from tests.model.tiny import BANNED, IMAGE, VOCABULARY, ExactFloat64, TinyProcessor, make_batch, make_folder
+from tests.model.tiny import BANNED, IMAGE, VOCABULARY, TinyProcessor, exact_float64, make_batch, make_folder
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.9
@@ -56,7 +56,7 @@ def test_shared_prefix_gradients_equal_separate_sequences(kind, kernel, tmp_path
     batch = make_batch(groups=3, per_update=3, images="none" if kind == "text" else "some")
     (packs,) = plan_packs(batch, ranks=1, tokens_per_pack=80).updates[0]
     collate = Collator(processor, network, CPU, dtype)
-    with ExactFloat64():
+    with exact_float64():
         for pack in packs:
             inputs, targets = collate(batch, pack)
             logprobs, _ = network(inputs)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from dapo.model.load import EXPERT_SUFFIXES
 from dapo.types import Prompt, TrainBatch, TrainGroup, TrainSequence
@@ -138,13 +139,29 @@ def make_batch(
     return TrainBatch(tuple(made), updates, policy_version=0)
 
 
-class ExactFloat64(TorchFunctionMode):
-    """Where transformers computes in float32 on purpose (norms, rotary tables), compute in float64.
+@contextmanager
+def exact_float64() -> Iterator[None]:
+    """Where transformers computes in float32 on purpose (norms, rotary tables, routers), compute in float64.
 
     Without it, a difference of 1e-16 before such a rounding can become one of 1e-8 behind it, whoever is right.
     """
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, functional.softmax
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+    def wider(args, kwargs):
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return tuple(torch.float64 if a is torch.float32 else a for a in args), kwargs
+
+    def to_wider(tensor, *args, **kwargs):
+        args, kwargs = wider(args, kwargs)
+        return to(tensor, *args, **kwargs)
+
+    def softmax_wider(tensor, *args, **kwargs):
+        args, kwargs = wider(args, kwargs)
+        return softmax(tensor, *args, **kwargs)
+
+    # Not a TorchFunctionMode: that would be off while gradient checkpointing recomputes.
+    torch.Tensor.to, torch.Tensor.float, functional.softmax = to_wider, torch.Tensor.double, softmax_wider
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float, functional.softmax = to, to_float, softmax

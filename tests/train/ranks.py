@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 from dapo import torchvision_cpu
 from dapo.plan.packing import plan_packs
-from tests.model.tiny import TinyProcessor, make_batch, make_folder
+from tests.model.tiny import TinyProcessor, exact_float64, make_batch, make_folder
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,6 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
-    exact: bool = True
-    """Float64 throughout; recomputation in the backward pass does not see the test's float64 mode."""
     save: str = ""
     """Folder below the run's folder for the state after the step."""
     load: str = ""
@@ -46,7 +44,7 @@ class Case:
 def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """One step on this rank; what every rank can say about it afterwards."""
     from dapo.train.fsdp_policy import FsdpPolicy
-    from tests.train.reference import exact, run_config
+    from tests.train.reference import run_config
 
     dtype = torch.float64
     config = run_config(case.tree, world_size=world, **case.parallel)
@@ -55,7 +53,7 @@ def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1
         policy.load(root / case.load)
     batch = case.make_batch()
     plan = plan_packs(batch, ranks=config.data_parallel, tokens_per_pack=case.tokens_per_pack)
-    with exact(case.exact):
+    with exact_float64():
         old = policy.old_logprobs(batch, plan)
         updates = [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
     if case.save:

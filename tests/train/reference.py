@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from dapo.config.io import validate
 from dapo.config.run import RunConfig
 from dapo.types import TrainBatch
 from tests.model.test_network import plain_logprobs, plain_model
-from tests.model.tiny import ExactFloat64, TinyProcessor
+from tests.model.tiny import TinyProcessor, exact_float64
 
 
 def run_config(tree: dict | None = None, **parallel) -> RunConfig:
@@ -66,7 +65,7 @@ def reference_run(folder: Path, kind: str, batch: TrainBatch, config: RunConfig)
         )
 
     results = []
-    with ExactFloat64():
+    with exact_float64():
         with torch.no_grad():
             old = [logprobs(update) for update in batch.updates]
         for update, before in zip(batch.updates, old, strict=True):
@@ -96,8 +95,3 @@ def reference_run(folder: Path, kind: str, batch: TrainBatch, config: RunConfig)
             optimizer.zero_grad()
             results.append((float(loss.detach()), float(norm)))
     return results, {name: p.detach() for name, p in model.named_parameters()}
-
-
-def exact(wanted: bool = True) -> contextlib.AbstractContextManager:
-    """Float64 where transformers insists on float32, or nothing."""
-    return ExactFloat64() if wanted else contextlib.nullcontext()

@@ -10,8 +10,8 @@ from dapo.plan.packing import plan_packs
 from dapo.train.fsdp_policy import FsdpPolicy
 from dapo.train.optim import learning_rate
 from dapo.types import Pack, PackPlan, TrainBatch
-from tests.model.tiny import TinyProcessor, make_batch, make_folder
-from tests.train.reference import exact, reference_run, run_config
+from tests.model.tiny import TinyProcessor, exact_float64, make_batch, make_folder
+from tests.train.reference import reference_run, run_config
 
 
 def make_policy(folder, kind="dense", config=None, dtype=torch.float32):
@@ -39,7 +39,7 @@ def test_a_step_equals_plain_transformers_in_one_process(kind, tmp_path):
     batch = make_batch(images="none" if kind == "text" else "some")
     expected, weights = reference_run(folder, kind, batch, config)
     policy = make_policy(folder, kind, config, torch.float64)
-    with exact():
+    with exact_float64():
         metrics = step(policy, batch)
     for found, (loss, norm) in zip(metrics, expected, strict=True):
         assert found["loss"] == pytest.approx(loss, abs=1e-9)
@@ -57,7 +57,7 @@ def test_any_split_into_packs_gives_the_same_update(tmp_path):
     for packs in ((whole,), (*apart, Pack((), 0))):
         policy = make_policy(folder, dtype=torch.float64)
         plan = PackPlan(((tuple(packs),),))
-        with exact():
+        with exact_float64():
             policy.old_logprobs(batch, plan)
             metrics = policy.update(batch, plan, 0).metrics
         results.append((metrics, weights_of(policy)))

@@ -15,7 +15,9 @@ CASES = {
     "hsdp": Case("moe", parallel={"fsdp_size": 1}, batch=BATCH),
     "tied": Case("text", tied=True, batch=BATCH),
     "text-only": Case("dense", batch={**BATCH, "images": "none"}),
-    "checkpointing": Case("dense", {"model": {"gradient_checkpointing": True}}, batch=BATCH, exact=False),
+    "checkpointing": Case("dense", {"model": {"gradient_checkpointing": True}}, batch=BATCH),
+    "ulysses": Case("dense", parallel={"sequence_parallel": 2}, batch=BATCH),
+    "ulysses moe": Case("moe", {"model": {"gradient_checkpointing": True}}, {"sequence_parallel": 2}, BATCH),
     "filler": Case("dense", batch={"groups": 1, "size": 1, "per_update": 1}),
 }
 
@@ -34,13 +36,12 @@ def results(root):
 def test_two_ranks_equal_plain_transformers_in_one_process(name, results, root):
     case = CASES[name]
     expected, weights = reference_run(case.make_folder(root), case.kind, case.make_batch(), run_config())
-    tolerance = 1e-9 if case.exact else 1e-5
     for result in results[name]:
         for found, (loss, norm) in zip(result["updates"], expected, strict=True):
-            assert found["loss"] == pytest.approx(loss, abs=tolerance)
-            assert found["grad_norm"] == pytest.approx(norm, abs=tolerance)
+            assert found["loss"] == pytest.approx(loss, abs=1e-9)
+            assert found["grad_norm"] == pytest.approx(norm, abs=1e-9)
         for tensor_name, tensor in result["weights"].items():
-            torch.testing.assert_close(tensor, weights[tensor_name], rtol=0, atol=tolerance, msg=tensor_name)
+            torch.testing.assert_close(tensor, weights[tensor_name], rtol=0, atol=1e-9, msg=tensor_name)
 
 
 def test_all_ranks_agree_on_metrics_and_fingerprint(results):
