@@ -34,7 +34,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: 
         raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: Layout) -> int:
+def load(
+    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, moments_home: torch.device, layout: Layout
+) -> int:
     """Read it all into place; returns the update count.
 
     A rank that did not exist when the state was written keeps its own RNG.
@@ -50,7 +52,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, layout: L
     found = metadata.state_dict_metadata
     for parameter in _parameters(model).values():
         if parameter.requires_grad and not optimizer.state[parameter]:
-            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            optimizer.state[parameter] = {n: torch.zeros_like(parameter.detach()).to(moments_home) for n in _MOMENTS}
             optimizer.state[parameter]["step"] = torch.zeros(())
     updates = torch.tensor(0)
     state = _state(model, optimizer) | {"updates": updates}

@@ -59,7 +59,9 @@ class FsdpPolicy:
         mixed = self.compute_dtype != master_dtype
         self.layout = parallel.join(config.model.parallel, kind, self.device, rank, world, mixed)
         self.network = self._load(folder, master_dtype)
-        self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer)
+        offload = config.model.parallel.offload_optimizer
+        self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer, streamed=offload)
+        self._moments_home = torch.device("cpu") if offload else self.device
         self.updates = 0
         """Optimiser updates made so far in the run."""
         self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
@@ -191,9 +193,7 @@ class FsdpPolicy:
         finite = norm < float("inf")
         rate = optim.learning_rate(config, self.updates + 1)
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            optim.step(self.optimizer, rate, self._moments_home, self.device)
             self.updates += 1
         else:
             log.error("update skipped: the gradient norm is %s", norm)
@@ -230,7 +230,7 @@ class FsdpPolicy:
         Raises:
             CheckpointError: not a whole checkpoint of this model.
         """
-        self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self.layout)
+        self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self._moments_home, self.layout)
         self._plan, self._old, self._ref = None, {}, {}
 
     def export(self, folder: Path) -> None:

@@ -9,20 +9,66 @@ from torch.distributed.tensor import DTensor
 from dapo.config.model import OptimizerConfig
 from dapo.train.parallel import Layout
 
+STREAM_BYTES = 2**30
+"""Moments on the device at a time where the optimiser's state lives in host memory."""
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: not on norms, biases and embeddings (a tied head is an embedding)."""
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, *, streamed: bool = False) -> torch.optim.AdamW:
+    """Weight decay on matrices only: not on norms, biases and embeddings (a tied head is an embedding).
+
+    Args:
+        streamed: groups small enough for `step` to bring their moments to the device one after the other.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
     rest = [p for p in trained if p.dim() <= 1 or id(p) in embeddings]
+    groups = [(decayed, config.weight_decay), (rest, 0.0)]
+    if streamed:
+        groups = [(part, decay) for parameters, decay in groups for part in _parts(parameters)]
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def step(optimizer: torch.optim.AdamW, rate: float, home: torch.device, device: torch.device) -> None:
+    """One update at this rate; moments live on `home` and are worked on where the weights are."""
+    groups = optimizer.param_groups
+    for group in groups:
+        group["lr"] = rate
+    if home == device:
+        optimizer.step()
+        return
+    for group in groups:
+        _move_moments(optimizer, group["params"], device)
+        optimizer.param_groups = [group]
+        optimizer.step()
+        _move_moments(optimizer, group["params"], home)
+    optimizer.param_groups = groups
+
+
+def _move_moments(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        for name in [name for name in state if name != "step"]:
+            state[name] = state[name].to(device)
+
+
+def _parts(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    parts: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        bytes_here = 2 * _local(parameter.detach()).nbytes
+        if not parts or size + bytes_here > STREAM_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(parameter)
+        size += bytes_here
+    return parts
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:

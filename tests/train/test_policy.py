@@ -7,6 +7,7 @@ import torch
 
 from dapo.errors import CheckpointError, ConfigError
 from dapo.plan.packing import plan_packs
+from dapo.train import optim
 from dapo.train.fsdp_policy import FsdpPolicy
 from dapo.train.optim import learning_rate
 from dapo.types import Pack, PackPlan, TrainBatch
@@ -236,3 +237,32 @@ def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch)
 def test_another_number_of_processes_than_configured_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="world_size=2, but 1 training processes"):
         make_policy(make_folder(tmp_path, "text"), "text", run_config(world_size=2))
+
+
+def test_offloaded_moments_give_the_same_bits_and_stream_in_parts(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, "dense")
+    monkeypatch.setattr(optim, "STREAM_BYTES", 20_000)
+    policies = [make_policy(folder, config=run_config(offload_optimizer=offloaded)) for offloaded in (False, True)]
+    # A device of another name than the moments' home, so that they do travel.
+    monkeypatch.setattr(policies[1], "_moments_home", torch.device("cpu", 0))
+    for policy in policies:
+        step(policy, make_batch())
+        step(policy, make_batch(seed=1))
+    assert len(policies[0].optimizer.param_groups) == 2
+    assert len(policies[1].optimizer.param_groups) > 4
+    expected = weights_of(policies[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in policies[1].named_weights())
+
+
+def test_bfloat16_compute_stays_near_float32_and_keeps_float32_weights(tmp_path):
+    folder = make_folder(tmp_path, "dense")
+    batch = make_batch(images="all", per_update=4)
+    entropies = []
+    for dtype in ("float32", "bfloat16"):
+        policy = make_policy(folder, config=run_config({"model": {"compute_dtype": dtype}}))
+        entropies.append(step(policy, batch)[0]["entropy"])
+        assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+        assert {t.dtype for _, t in policy.named_weights()} == {getattr(torch, dtype)}
+        policy.close()
+    assert entropies[1] == pytest.approx(entropies[0], abs=0.05)
+    assert entropies[1] != entropies[0]
