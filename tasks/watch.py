@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -26,7 +27,9 @@ class CancelWatcher:
         self.flow_run_id, self.every_s = flow_run_id, every_s
         self.cancelled = threading.Event()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="cancel-watcher")
+        # Prefect keeps its settings in the context, which a thread does not take over by itself.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._loop,), daemon=True, name="cancel-watcher")
 
     def __enter__(self) -> CancelWatcher:
         if self.flow_run_id:
@@ -36,25 +39,32 @@ class CancelWatcher:
     def __exit__(self, *_: object) -> None:
         self._end.set()
 
-    def ask(self) -> bool:
+    def ask(self, client: Any = None) -> bool:
         """Whether the flow run is cancelled or about to be; raises what the client raises."""
         from prefect.client.orchestration import get_client
 
         if not self.flow_run_id:
             return False
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(UUID(self.flow_run_id)).state
+        if client is None:
+            with get_client(sync_client=True) as client:
+                return self.ask(client)
+        state = client.read_flow_run(UUID(self.flow_run_id)).state
         return state is not None and state.type.value in ("CANCELLING", "CANCELLED")
 
     def _loop(self) -> None:
-        while not self._end.wait(self.every_s):
+        from prefect.client.orchestration import get_client
+
+        while not self._end.is_set():
             try:
-                if self.ask():
-                    self.cancelled.set()
-                    return
+                with get_client(sync_client=True) as client:
+                    while not self._end.wait(self.every_s):
+                        if self.ask(client):
+                            self.cancelled.set()
+                            return
             except Exception as error:
                 # httpx', Prefect's and pydantic's errors: the server is away, and is asked again.
                 log.debug("the flow run's state is not known: %s", error)
+                self._end.wait(self.every_s)
 
 
 class LogStream:

@@ -8,6 +8,8 @@ NO_PHONE_HOME = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # With its statistics off Ray 2.60 still reports that they are off; nobody listens on this port.
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }

@@ -1,13 +1,17 @@
 """The flow `dapo` through Prefect's engine, on a real local Ray, with a stand-in for the training itself."""
 
+import contextvars
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from dapo.config import io
 from dapo.errors import EnvironmentCheckError, TrainingError
+from dapo.observe.journal import read
 from dapo.observe.layout import RunFolder
 from dapo.runtime import cluster, training
 from tests.flows.conftest import HERE, standin_tree
@@ -116,3 +120,27 @@ def test_job_found_running_is_followed_from_where_the_last_flow_stopped(root):
     names = tasks_of(run(config))
     validated = sorted(int(n.rpartition("-")[2]) for n in names if n.startswith("record_validation"))
     assert validated == [4, 6, 8]
+
+
+def test_cancelled_flow_run_stops_its_job_with_a_checkpoint(root):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    config = io.override(io.validate(standin_tree(root, "cancelled", STANDIN_SECONDS="0.3")), {"train.steps": 500})
+    folder = RunFolder.of(config)
+
+    def cancel():
+        while not any(event.step == 2 for event in read(folder.journal)):
+            time.sleep(0.1)
+        with get_client(sync_client=True) as client:
+            (ours,) = [r for r in client.read_flow_runs() if "-cancelled-" in r.name]
+            client.set_flow_run_state(ours.id, Cancelling())
+
+    canceller = threading.Thread(target=contextvars.copy_context().run, args=(cancel,))
+    canceller.start()
+    state = run(config)
+    canceller.join()
+    assert state.is_cancelled()
+    last = list(read(folder.journal))[-1]
+    assert last.data == {"status": "stopped", "reason": "the flow run was cancelled"}
+    assert folder.checkpoint(last.step).is_dir()

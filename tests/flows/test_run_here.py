@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,17 @@ from tests.flows.conftest import HERE, standin_tree
 ROOT = HERE.parents[1]
 
 
+LOOKUPS = """
+import os, socket, sys
+_real = socket.getaddrinfo
+def getaddrinfo(host, *rest, **more):
+    with open(os.environ["LOOKUPS"], "a") as file:
+        file.write(f"{host} {sys.argv[:3]}\\n")
+    return _real(host, *rest, **more)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
 class Started:
     """A `dapo run` of our own; everything it starts carries a mark in its environment."""
 
@@ -27,12 +39,22 @@ class Started:
         self.mark = f"dapo-test-{name}-{time.time_ns()}"
         self.output = root / f"{name}.out"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_", "MLFLOW_"))}
+        # Python imports this module of ours by itself, in every process that the run starts.
+        (root / "hooks").mkdir(exist_ok=True)
+        (root / "hooks" / "sitecustomize.py").write_text(LOOKUPS)
+        self.lookups = root / f"{name}.lookups"
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "run_standin.py"), "run", str(config), *overrides],
                 # Not the repository: its prefect.toml names a server that may really run.
                 cwd=root,
-                env={**clean, "MARK": self.mark, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(root / "home")},
+                env={
+                    **clean,
+                    "MARK": self.mark,
+                    "LOOKUPS": str(self.lookups),
+                    "PYTHONPATH": f"{root / 'hooks'}:{ROOT}",
+                    "PREFECT_HOME": str(root / "home"),
+                },
                 stdout=out,
                 stderr=out,
             )
@@ -74,6 +96,10 @@ def test_run_shows_progress_and_leaves_nothing_running(shared):
         assert re.search(pattern, run.text), f"{pattern} in\n{run.text}"
     assert "Traceback" not in run.text
     assert not (shared / "home").exists(), "the user's Prefect home is not touched"
+    asked = {line.split()[0] for line in run.lookups.read_text().splitlines()}
+    # Ray's dashboard asks which cloud it is in; the question does not leave the link, and cannot be switched off.
+    clouds = {"169.254.169.254", "metadata.google.internal"}
+    assert asked - clouds <= {"127.0.0.1", "localhost", "None", socket.gethostname()}, "nothing phones home"
 
 
 def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(shared):

@@ -137,6 +137,31 @@ def _without_restarts(job):
     return job
 
 
+def test_remote_cluster_gets_the_code_but_not_the_data_and_asks_for_the_token(ray, root, tmp_path, monkeypatch):
+    (tmp_path / "ours.py").write_text("import os, sys\nsys.exit(f'files {sorted(os.listdir())} in {os.getcwd()}')\n")
+    for name in ("runs", "cache", ".venv"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "large").write_text("data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUR_TOKEN", ray.token)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run, config = make_run(root, "remote", PATH=path)
+    remote = config.ray.model_copy(update={"address": ray.address, "token_env": "OUR_TOKEN", "restarts": 0})
+    config = config.model_copy(update={"ray": remote})
+    elsewhere = cluster.connect(config)
+    assert not elsewhere.local
+    job = TrainingJob(elsewhere, run, config, entrypoint=["ours.py"])
+    assert job.start()
+    with pytest.raises(TrainingError, match="crashed"):
+        list(job.follow())
+    told = ray.log(job.id)
+    assert "files ['ours.py'] in " in told
+    assert str(tmp_path) not in told.partition(" in ")[2]
+    monkeypatch.delenv("OUR_TOKEN")
+    with pytest.raises(EnvironmentCheckError, match="refuses us"):
+        cluster.connect(config)
+
+
 def test_head_is_found_again_and_asks_for_its_token(ray, root):
     assert cluster.connect(RunConfig(run_root=str(root))) == ray
     with pytest.raises(EnvironmentCheckError, match=r"refuses us .*ray\.token_env"):

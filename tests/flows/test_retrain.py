@@ -1,0 +1,144 @@
+"""Retraining for real: training on Ray, evaluation, gate and registry, with a model of a million random weights.
+
+One story, in order, for every start of Ray costs seconds: the first training promotes because it is better, the second
+is not needed, the third is refused because it learned nothing.
+"""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dapo.config import io
+from dapo.eval.evaluate import EvaluationFolder
+from dapo.observe.registry import CHALLENGER, CHAMPION, Registry
+from dapo.observe.shipper import tracking_uri
+from dapo.runtime import cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("prefect_api")]
+
+NAME = "letters"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("retrain")
+    config = io.validate(
+        {
+            "name": "letters",
+            "device": "cpu",
+            "run_root": str(root / "runs"),
+            "data": {
+                "source": {"kind": "synthetic", "train": 64, "validation": 64, "test": 8},
+                "instruction": "",
+                "max_prompt_tokens": 64,
+                "cache_dir": str(root / "cache"),
+            },
+            "model": {
+                "source": {"kind": "tiny", "warmup_steps": 0},
+                "compute_dtype": "float32",
+                "gradient_checkpointing": False,
+                "optimizer": {"lr": 1e-3, "warmup_updates": 0, "weight_decay": 0.0},
+            },
+            "batch": {
+                "prompts_per_step": 16,
+                "prompts_per_update": 8,
+                "group_size": 8,
+                "max_response_tokens": 6,
+                "tokens_per_pack": 2048,
+            },
+            "reward": {"function": "tests.flows.easy_reward:begins_with_a_letter", "format_weight": 0.0},
+            "validation": {"before_training": False, "samples": 2, "top_p": 1.0},
+            "train": {"steps": 6, "test_freq": 0, "save_freq": 0},
+            "mlflow": {"registered_model": NAME},
+        }
+    )
+    yield config
+    assert cluster.stop_local(config) == []
+
+
+def retrain(config, **options):
+    from flows.retrain import retrain as flow
+
+    return flow(config=config, **options)
+
+
+def decision(config, version):
+    return json.loads((Path(config.run_root) / "decisions" / f"{NAME}-v{version}.json").read_text())
+
+
+def test_a_life(config, monkeypatch):
+    registry = Registry(tracking_uri(config), NAME)
+
+    # Random weights end their answers by chance; a model that writes letters is cut off a little more often.
+    said = retrain(config, gate={"max_truncated_gain": None})
+    told = decision(config, 1)
+    assert said.startswith("promoted: accuracy "), said
+    assert told["promote"] is True
+    assert told["because"] == "there is no champion yet"
+    assert told["versions"] == {"champion": None, "challenger": 1}
+    assert told["difference"]["low"] > 0
+    assert registry.aliases() == {CHALLENGER: 1, CHAMPION: 1}
+    folders = [EvaluationFolder(p.parent) for p in Path(config.run_root).glob("evaluations/*/metrics.json")]
+    assert {f.read_inputs()["model"]["reference"] for f in folders} > {"base"}
+    assert len({f.read_inputs()["set"] for f in folders}) == 1, "both were asked the same"
+    assert {len(f.read_results()) for f in folders} == {64}, "the split that training does not look at"
+
+    said = retrain(config)
+    assert said.startswith("skipped: neither data"), said
+
+    # Nothing is learned at this rate: whatever the difference is, it is noise.
+    still = io.override(config, {"model.optimizer.lr": 1e-12, "train.steps": 1})
+    said = retrain(still, because="every Monday")
+    told = decision(config, 2)
+    assert said.startswith("refused: accuracy "), said
+    assert told["promote"] is False
+    assert told["because"] == "every Monday"
+    assert [c["name"] for c in told["checks"] if not c["passed"]] == ["gain"]
+    assert told["difference"]["low"] <= 0 <= told["difference"]["high"]
+    assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 1}
+    assert registry.require(2).tags["gate.decision"] == "refused"
+    assert registry.require(2).tags["weights.from"] == str(registry.require(1).folder)
+
+
+def test_a_person_may_say_no():
+    from prefect import flow
+
+    from flows.retrain import _asked
+
+    @flow
+    def ask():
+        return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=0.05)
+
+    threading.Thread(target=say_no, daemon=True).start()
+    assert ask() == {
+        "promote": False,
+        "reasons": ["not approved: not on a Friday"],
+        "approval": {"decision": "keep the champion", "note": "not on a Friday"},
+    }
+
+
+def test_nobody_s_word_keeps_the_champion():
+    from prefect import flow
+
+    from flows.retrain import _asked
+
+    @flow
+    def ask():
+        return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=1 / 3600)
+
+    assert ask()["reasons"] == ["nobody approved within 0.000277778 hours"]
+
+
+def say_no():
+    """Answers the form of the first flow run that waits."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    waiting = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PAUSED"]}}})
+    with get_client(sync_client=True) as client:
+        while not (runs := client.read_flow_runs(flow_run_filter=waiting)):
+            time.sleep(0.5)
+        client.resume_flow_run(runs[0].id, run_input={"decision": "keep the champion", "note": "not on a Friday"})
