@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dapo.errors import EngineError
+from dapo.errors import ConfigError, EngineError
 from dapo.rollout import ascend
 from dapo.rollout.checks import check_completion
 from dapo.rollout.sampling import request_seed
-from dapo.rollout.vllm_process import SHARED_MEMORY, WEIGHTS_FILE, start_vllm, stop_vllm
+from dapo.rollout.vllm_process import start_vllm, stop_vllm, weight_files
 from dapo.rollout.vllm_worker import to_checkpoint_names
 from dapo.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -47,7 +45,7 @@ class VllmEngine:
         max_images: per prompt.
 
     Raises:
-        ConfigError: vLLM is not installed, or refuses these arguments.
+        ConfigError: vLLM is not installed, or refuses these arguments, or they are known to crash it.
     """
 
     def __init__(
@@ -69,6 +67,11 @@ class VllmEngine:
         max_images: int = 4,
     ) -> None:
         self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
+        if expert_parallel and tensor_parallel > 1 and self.platform == "cpu":
+            raise ConfigError(
+                f"rollout.expert_parallel=true with rollout.tensor_parallel={tensor_parallel}: vLLM's kernel for CPU "
+                "ignores which experts a rank holds and crashes; use rollout.expert_parallel=false there"
+            )
         self.version, self._asleep = 0, frozenset[str]()
         self._separate = separate_process
         self.vocab_size = processor.vocab_size
@@ -88,6 +91,7 @@ class VllmEngine:
             "generation_config": "vllm",
             "worker_extension_cls": "dapo.rollout.vllm_worker.WorkerExtension",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if processor.has_images:
             arguments["limit_mm_per_prompt"] = {"image": max_images, "video": 0}
@@ -156,8 +160,8 @@ class VllmEngine:
         try:
             self._rpc("dapo_begin_update")
             if self._separate:
-                for bucket in _buckets(items, self._bucket_bytes()):
-                    self._send_by_shared_memory(bucket)
+                for path in weight_files(items, self._bucket_bytes()):
+                    self._rpc("dapo_load_file", path)
             else:
                 self._rpc("dapo_load", items)
             self._rpc("dapo_finish_update")
@@ -262,31 +266,6 @@ class VllmEngine:
         """A sixteenth of the model, so that no rank holds much of it twice."""
         files = self.folder.glob("*.safetensors")
         return max(_SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
-
-    def _send_by_shared_memory(self, bucket: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        with tempfile.NamedTemporaryFile(
-            dir=folder, prefix=f"{WEIGHTS_FILE}{os.getpid()}-", suffix=".safetensors"
-        ) as file:
-            save_file(bucket, file.name)
-            self._rpc("dapo_load_file", file.name)
-
-
-def _buckets(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors, on the host, of at most `limit` bytes together (a larger one goes alone)."""
-    bucket: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in items:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = {}, 0
-        # safetensors refuses tensors that share memory, as views of one fused tensor do.
-        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def _free_bytes(platform: str) -> int:

@@ -6,13 +6,15 @@ import gc
 import logging
 import os
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dapo import torchvision_cpu
 from dapo.errors import ConfigError
@@ -111,3 +113,36 @@ def _mapped_files() -> str:
         except OSError:
             continue  # ended meanwhile, or another user's
     return "".join(text)
+
+
+def weight_files(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[str]:
+    """Consecutive tensors, written to safetensors files in shared memory one after the other.
+
+    Args:
+        limit: bytes of tensors per file (a larger tensor goes alone).
+
+    Yields:
+        a path that exists until the next one is asked for.
+    """
+    from safetensors.torch import save_file
+
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    for bucket in _buckets(items, limit):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{WEIGHTS_FILE}{os.getpid()}-") as file:
+            save_file(bucket, file.name)
+            yield file.name
+
+
+def _buckets(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors, on the host, of at most `limit` bytes together (a larger one goes alone)."""
+    bucket: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in items:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = {}, 0
+        # safetensors refuses tensors that share memory, as views of one fused tensor do.
+        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dapo.data.processor import PromptProcessor
-from dapo.errors import EngineError
+from dapo.errors import ConfigError, EngineError
 from dapo.rollout.checks import check_probe, compare_fingerprints, default_tolerance, probe_gap
 from dapo.types import Completion, FinishReason, Prompt
 from tests.rollout.small import distributions, largest_gap, load_plain, make_prompts, sampling, shake
@@ -242,6 +242,11 @@ def test_an_unknown_tensor_fails_the_sync(engine: VllmEngine, trainer: Any) -> N
     wrong = [*trainer.named_parameters(), ("model.language_model.layers.7.mlp.extra.weight", torch.zeros(2, 2))]
     with pytest.raises(EngineError, match="weight sync to version 1 failed"):
         engine.update_weights(wrong, version=1)
+
+
+def test_expert_parallel_on_cpu_is_refused_before_it_crashes(folder_of: Folders, processor: PromptProcessor) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.expert_parallel=true with rollout.tensor_parallel=2"):
+        VllmEngine(folder_of("moe"), processor, expert_parallel=True, tensor_parallel=2)
 
 
 def test_sleeping_on_cpu_changes_nothing(engine: VllmEngine, trainer: Any, processor: PromptProcessor) -> None:

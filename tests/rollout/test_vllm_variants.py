@@ -111,15 +111,18 @@ def test_an_engine_in_its_own_process_takes_weights_through_shared_memory(
         engine.close()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_two_tensor_parallel_ranks_agree_with_the_trainer(kind: str, folder_of: Folders) -> None:
+@pytest.mark.parametrize(("kind", "tensor_parallel"), [("dense", 2), ("moe", 2), ("dense", 1)])
+def test_ranks_of_a_trainer_agree_with_it(kind: str, tensor_parallel: int, folder_of: Folders) -> None:
+    """Two ranks: one engine over both, or a replica each with prompts of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "tests.rollout.tp_rank", str(folder_of(kind))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([*command, str(rank), "2", port], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), "2", port, str(tensor_parallel)], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:
@@ -128,7 +131,7 @@ def test_two_tensor_parallel_ranks_agree_with_the_trainer(kind: str, folder_of: 
         for rank in ranks:
             rank.kill()
     results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
-    assert results[0]["ids"] == results[1]["ids"]
+    assert (results[0]["ids"] == results[1]["ids"]) == (tensor_parallel == 2)
     assert max(gap for result in results for gap in result["gaps"]) < EXACT
     assert results[0]["ranks"] == 2
 

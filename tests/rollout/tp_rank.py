@@ -1,6 +1,6 @@
-"""One rank of a tensor-parallel engine beside a trainer's process group; prints one line of JSON.
+"""One rank of engines beside a trainer's process group; writes one line of JSON.
 
-python -m tests.rollout.tp_rank FOLDER RANK WORLD PORT
+python -m tests.rollout.tp_rank FOLDER RANK WORLD PORT TENSOR_PARALLEL
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 
-def main(folder: str, rank: str, world: str, port: str) -> None:
+def main(folder: str, rank: str, world: str, port: str, tensor_parallel: str) -> None:
     os.environ.update(RANK=rank, LOCAL_RANK="0", WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     import torch
 
@@ -23,10 +23,10 @@ def main(folder: str, rank: str, world: str, port: str) -> None:
 
     path = Path(folder)
     processor = PromptProcessor(path)
-    engine = VllmEngine(
-        path, processor, max_model_len=256, max_num_seqs=32, kv_cache_mib=32, tensor_parallel=int(world)
-    )
-    trainer, prompts = load_plain(path), make_prompts(processor, 3)
+    ranks = int(tensor_parallel)
+    engine = VllmEngine(path, processor, max_model_len=256, max_num_seqs=32, kv_cache_mib=32, tensor_parallel=ranks)
+    replica = int(rank) // ranks
+    trainer, prompts = load_plain(path), make_prompts(processor, 6)[3 * replica :][:3]
     gaps, ids = [], []
     for version in range(3):
         if version:
