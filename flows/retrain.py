@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID
 
 from prefect import Flow, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Running
 
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError
@@ -135,12 +137,19 @@ def _asked(name: str, challenger: int, decision: dict[str, Any], hours: float) -
     try:
         answer = ask(wait_for_input=form, timeout=int(hours * 3600), key="approval")
     except FlowPauseTimeout:
+        _go_on()
         reason = f"nobody approved within {hours:g} hours"
         return {"promote": False, "reasons": [reason], "approval": {"decision": "none", "note": reason}}
     told = {"decision": answer.decision, "note": answer.note}
     if answer.decision == "promote":
         return {"approval": told}
     return {"promote": False, "reasons": [f"not approved: {answer.note or 'no note'}"], "approval": told}
+
+
+def _go_on() -> None:
+    """Running again: Prefect fails a flow that ends while it is paused."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(flow_run.id), Running(), force=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ One story, in order, for every start of Ray costs seconds: the first training pr
 is not needed, the third is refused because it learned nothing.
 """
 
+import contextvars
 import json
 import threading
 import time
@@ -112,7 +113,8 @@ def test_a_person_may_say_no():
     def ask():
         return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=0.05)
 
-    threading.Thread(target=say_no, daemon=True).start()
+    # The server's address is in the context, which threads do not inherit.
+    threading.Thread(target=contextvars.copy_context().run, args=(say_no,), daemon=True).start()
     assert ask() == {
         "promote": False,
         "reasons": ["not approved: not on a Friday"],
@@ -129,7 +131,9 @@ def test_nobody_s_word_keeps_the_champion():
     def ask():
         return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=1 / 3600)
 
-    assert ask()["reasons"] == ["nobody approved within 0.000277778 hours"]
+    state = ask(return_state=True)
+    assert state.is_completed()
+    assert state.result()["reasons"] == ["nobody approved within 0.000277778 hours"]
 
 
 def say_no():
