@@ -199,16 +199,19 @@ class Decoder:
         groups, width, hidden = x.shape
         cos, sin = self.angles(positions.flatten(1))
         x = x.reshape(groups * width, hidden)
+        last = torch.arange(groups, device=x.device) * width + lengths - 1
         prompt = []
         for index, layer in enumerate(self.layers):
             q, k, v = (t.view(groups, width, -1, layer.head_dim).transpose(1, 2) for t in layer.project(x, cos, sin))
             # Padding stands behind every real token, so the causal mask alone keeps it out of their sight.
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
-            x = layer.finish(x, attended.transpose(1, 2).reshape(groups * width, -1))
+            attended = attended.transpose(1, 2).reshape(groups * width, -1)
+            prompt.append((k.contiguous(), v.contiguous()))
+            if index + 1 == len(self.layers) > len(deepstack):
+                x, attended = x[last], attended[last]  # behind the last layer nobody asks for the others
+            x = layer.finish(x, attended)
             if index < len(deepstack):
                 x.index_add_(0, visual, deepstack[index])
-            prompt.append((k.contiguous(), v.contiguous()))
-        last = torch.arange(groups, device=x.device) * width + lengths - 1
         mask = None
         if bool((lengths < width).any()):
             padding = torch.arange(width, device=x.device) >= lengths[:, None]
@@ -216,7 +219,7 @@ class Decoder:
             mask = mask.masked_fill(padding[:, None, None], -torch.inf)
         following = positions.amax(0).gather(1, lengths[:, None] - 1)[:, 0] + 1
         cache = Cache(prompt, mask, following.repeat_interleave(samples), samples)
-        return self.logits(x[last]), cache
+        return self.logits(x if len(x) == groups else x[last]), cache
 
     def logits(self, x: Tensor) -> Tensor:
         """x [N, H] after the last layer -> [N, V]."""
