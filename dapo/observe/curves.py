@@ -110,9 +110,10 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.add_subplot()
     if chart.kind == "stack":
-        steps = lines[0][1]
-        rows = [values for _, at, values in lines if at == steps]
-        axes.stackplot(steps, *rows, labels=[line[0] for line in lines if line[1] == steps], colors=COLOURS, alpha=0.85)
+        # A phase that a step did not have took no time in it.
+        every = sorted({step for _, steps, _ in lines for step in steps})
+        rows = [[dict(zip(steps, values, strict=True)).get(step, 0.0) for step in every] for _, steps, values in lines]
+        axes.stackplot(every, *rows, labels=[label for label, _, _ in lines], colors=COLOURS, alpha=0.85)
     else:
         for colour, (label, steps, values) in zip(COLOURS, lines, strict=False):
             mark = "o" if len(steps) < 15 else None

@@ -68,8 +68,11 @@ def response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def _sampling_metrics(sampling: SamplingReport, trained_responses: int, responses: int) -> dict[str, float]:
     counts = {f"groups/{verdict.value}": count for verdict, count in sampling.verdicts.items()}
+    # A step filled by carried-over groups alone has generated nothing to measure.
+    accuracy = {"groups/accuracy": sampling.right / sampling.judged} if sampling.judged else {}
     return {
         **counts,
+        **accuracy,
         "groups/generated": sampling.generated,
         "groups/skipped": sampling.skipped,
         "groups/trained": sampling.taken,
@@ -79,7 +82,6 @@ def _sampling_metrics(sampling: SamplingReport, trained_responses: int, response
         "groups/dropped": sampling.dropped,
         "groups/waiting": sampling.waiting,
         "groups/keep_rate": sampling.keep_rate,
-        "groups/accuracy": sampling.right / max(sampling.judged, 1),
         "groups/stage": list(Stage).index(sampling.stage),
         "groups/starved": float(sampling.stage in (Stage.SMALLER_STEP, Stage.STOP)),
         "groups/responses_per_trained": sampling.responses / max(trained_responses, 1),
