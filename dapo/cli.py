@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dapo import lifecycle
 from dapo.errors import ConfigError, DapoError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -75,6 +76,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     reward.add_argument("arguments", nargs=argparse.REMAINDER)
     reward.set_defaults(command=_reward)
+
+    lifecycle.add_commands(commands)
     return parser
 
 

@@ -6,26 +6,15 @@ prefect deployment run compare/experiments -p runs='["a", "b"]'       by a Prefe
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from pathlib import Path
 
 from prefect import flow
 
 from dapo.errors import ConfigError
+from dapo.eval.comparison_page import page_name
+from dapo.eval.runs import store
 from tasks.compare import compare as compare_runs
-
-
-def page_for(runs: list[str], run_root: str) -> Path:
-    """Where the page of these runs is written."""
-    names = "-".join(Path(run).name[:24] for run in runs)
-    return Path(run_root).resolve() / "comparisons" / f"{names}.html"
-
-
-def store(tracking_uri: str | None, run_root: str) -> str:
-    """The MLflow store: as given, else MLFLOW_TRACKING_URI, else SQLite in `run_root`."""
-    local = f"sqlite:///{Path(run_root).resolve() / 'mlflow.db'}"
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local
 
 
 def run_name() -> str:
@@ -47,4 +36,5 @@ def compare(runs: list[str], tracking_uri: str | None = None, run_root: str = "r
     """
     if len(runs) < 2:
         raise ConfigError(f"a comparison needs at least two runs, got {len(runs)}")
-    return compare_runs(runs, store(tracking_uri, run_root), str(page_for(runs, run_root)))
+    page = Path(run_root).resolve() / "comparisons" / page_name(runs)
+    return compare_runs(runs, store(tracking_uri, run_root), str(page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,11 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         shorten=lambda text: text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} …",
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def page_name(runs: Sequence[str]) -> str:
+    """File name for a comparison of these references."""
+    return "-".join(re.sub(r"[^\w.-]", "_", run)[:24] for run in runs) + ".html"
 
 
 def markdown(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,16 @@ class RunRecord:
     history: Mapping[str, Sequence[tuple[int, float]]]
     """(step, value), by step."""
     verdicts: tuple[Verdicts, ...]
+
+
+def store(tracking_uri: str | None, run_root: str) -> str:
+    """The MLflow store as given, else MLFLOW_TRACKING_URI, else SQLite in the folder of runs; raises ConfigError."""
+    if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    local = Path(run_root).resolve() / "mlflow.db"
+    if not local.is_file():
+        raise ConfigError(f"no MLflow store {local}; name one, or the folder of the runs that has it")
+    return f"sqlite:///{local}"
 
 
 def read_runs(client: MlflowClient, references: Sequence[str]) -> list[RunRecord]:

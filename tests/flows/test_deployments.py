@@ -9,7 +9,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 WHOLE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-DEPLOYMENTS = {d["name"]: d for d in WHOLE["deployments"]}
+DEPLOYMENTS = {f"{d['entrypoint'].partition(':')[2]}/{d['name']}": d for d in WHOLE["deployments"]}
+ASKED = {"runs"}
+"""Parameters that only whoever starts the run can know: the form asks for them."""
 
 
 def keys(model):
@@ -25,8 +27,15 @@ def test_no_key_is_misspelt():
         assert set(deployment["work_pool"]) <= keys(WorkPoolConfig), name
 
 
-def test_promised_deployments_of_the_flow_are_there():
-    assert {"geo3k", "geo3k-gpu", "geo3k-tiny"} <= set(DEPLOYMENTS)
+def test_promised_deployments_are_there():
+    assert {"dapo/geo3k", "dapo/geo3k-gpu", "dapo/geo3k-tiny"} <= set(DEPLOYMENTS)
+    assert {"retrain/geo3k-weekly", "evaluate/geo3k", "compare/experiments"} <= set(DEPLOYMENTS)
+
+
+def test_schedules_wait_until_somebody_switches_them_on():
+    schedules = [schedule for d in DEPLOYMENTS.values() for schedule in d.get("schedules", ())]
+    assert schedules
+    assert not [schedule for schedule in schedules if schedule["active"]]
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -39,8 +48,10 @@ def test_entrypoint_is_a_module_and_takes_the_parameters(name, monkeypatch):
     flow = import_object(deployment["entrypoint"])
     given = deployment.get("parameters", {})
     required = {n for n, p in inspect.signature(flow.fn).parameters.items() if p.default is p.empty}
-    assert required <= set(given)
-    flow.validate_parameters(given)
+    assert required - set(given) <= ASKED
+    flow.validate_parameters({key: [] for key in required & ASKED} | given)
+    for schedule in deployment.get("schedules", ()):
+        flow.validate_parameters(given | schedule["parameters"])
     if "config_path" in given:
         assert (ROOT / given["config_path"]).is_file()
 

@@ -1,0 +1,205 @@
+"""Commands round a model's life after training: evaluate, compare, models, register, promote, rollback."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from dapo.errors import ConfigError
+
+_MODEL = "checkpoint, run or Hugging Face folder, models:/NAME@ALIAS, models:/NAME/VERSION, OWNER/NAME, or base"
+
+
+def add_commands(commands: Any) -> None:
+    """Add these commands to the parser of `dapo`."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure any model on held-out prompts",
+        description="Measure a model: mean@k, pass@k, maj@k with intervals, slices, a page of answers. The same model "
+        "and questions are measured once; asked again, the numbers are read.",
+    )
+    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("config", help="YAML file: data, decoding, grader, engine")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="for example validation.samples=32")
+    evaluate.add_argument("--data", help="folder of prepared data (default: the configured source is prepared)")
+    evaluate.set_defaults(command=_evaluate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="put runs side by side: one page",
+        description="Compare runs from what MLflow knows of them: what differs, metrics at equal steps, responses and "
+        "device-hours, paired intervals over prompts, cost per point, curves, slices.",
+    )
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="MLflow id, name or beginning of a name; first: baseline"
+    )
+    _add_store(compare)
+    compare.add_argument("--out", type=Path, help="the page (default: comparisons/ in the folder of runs)")
+    compare.set_defaults(command=_compare)
+
+    models = commands.add_parser("models", help="list a registered model's versions", description="Versions, aliases.")
+    models.add_argument("name", help="registered model")
+    _add_store(models)
+    models.set_defaults(command=_models)
+
+    register = commands.add_parser(
+        "register",
+        help="register a run's checkpoint by reference",
+        description="Register a checkpoint: MLflow learns where it lies and what it is; nothing is copied.",
+    )
+    register.add_argument("checkpoint", type=Path, help="folder RUN/checkpoints/step-..., or a run's folder: its best")
+    register.add_argument("name", help="registered model")
+    register.set_defaults(command=_register)
+
+    promote = commands.add_parser(
+        "promote",
+        help="make a version the champion by hand",
+        description="Move the alias `champion`. The flow `retrain` does it through its gate; by hand, say why.",
+    )
+    promote.add_argument("name", help="registered model")
+    promote.add_argument("version", type=int)
+    promote.add_argument("--reason", required=True, help="kept with the version")
+    _add_store(promote)
+    promote.set_defaults(command=_promote)
+
+    rollback = commands.add_parser(
+        "rollback",
+        help="give the champion's place back to the one before",
+        description="`champion` and `previous-champion` change places; said twice, nothing has changed.",
+    )
+    rollback.add_argument("name", help="registered model")
+    _add_store(rollback)
+    rollback.set_defaults(command=_rollback)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db of the runs)"
+    )
+    parser.add_argument("--run-root", default="runs", help="folder of runs (default: runs)")
+
+
+def _store(arguments: argparse.Namespace) -> str:
+    from dapo.eval.runs import store
+
+    return store(arguments.tracking_uri, arguments.run_root)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dapo.config import io
+    from dapo.eval.evaluate import make_folder
+    from dapo.eval.models import find_model
+    from dapo.eval.record import log_evaluation
+    from dapo.runtime.evaluation import evaluate
+    from tasks import inputs
+
+    config = io.load(arguments.config, arguments.overrides)
+    cache = Path(config.data.cache_dir)
+    model = find_model(arguments.model, config)
+    progress = _Progress()
+    try:
+        preparing = None if arguments.data else inputs.begin("data", config.data, cache)
+        weights = inputs.begin("weights", model.source, cache).wait(progress.of("weights"))
+        data = Path(arguments.data) if preparing is None else preparing.wait(progress.of("data"))
+        folder = make_folder(config, model, data, weights)
+        if folder.done:
+            print("measured before: the same weights answered the same questions")
+        measured = evaluate(folder, progress.of("prompts"))
+    finally:
+        inputs.abort_all()
+    metrics = measured["metrics"]
+    print(f"\n{arguments.model}: {metrics['val/prompts']} prompts of {config.data.validation_split}")
+    for name, e in measured["estimates"].items():
+        print(f"  {name:<10} {e['value']:.4f}   95 %: {e['low']:.4f} to {e['high']:.4f}")
+    for name in ("format", "length_mean", "truncated", "failed"):
+        print(f"  {name:<10} {metrics[f'val/{name}']:.4f}")
+    print(f"  answers    {folder.page}")
+    print(f"  MLflow     run {log_evaluation(folder, config)}")
+    return 0
+
+
+class _Progress:
+    """A line every few seconds."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def of(self, what: str) -> Any:
+        def say(done: int, total: int, words: str) -> None:
+            if time.monotonic() - self._said > 5:
+                self._said = time.monotonic()
+                print(f"{what}: {done}/{total} {words}" if total else f"{what}: {words}", flush=True)
+
+        return say
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dapo.eval.compare import compare
+    from dapo.eval.comparison_page import markdown, page_name, write_comparison
+    from dapo.eval.runs import read_runs
+    from dapo.observe.shipper import connect
+
+    if len(arguments.runs) < 2:
+        raise ConfigError("a comparison needs at least two runs")
+    found = compare(read_runs(connect(_store(arguments)), arguments.runs))
+    place = arguments.out or Path(arguments.run_root) / "comparisons" / page_name(arguments.runs)
+    path = write_comparison(found, place.resolve())
+    print(markdown(found))
+    print(f"\n{path}")
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from dapo.observe.registry import Registry
+
+    registry = Registry(_store(arguments), arguments.name)
+    aliases = registry.aliases()
+    versions = registry.versions()
+    if not versions:
+        raise ConfigError(f"no model {arguments.name} is registered in {registry.uri}")
+    for version in versions:
+        named = ", ".join(alias for alias, number in aliases.items() if number == version.version)
+        tags = version.tags
+        verdict = " ".join(tags[t] for t in ("gate.decision", "gate.difference") if t in tags)
+        print(
+            f"{version.version:>4}  {named:<28}  {tags.get('dapo.run_id', '')} step {tags.get('checkpoint.step', '')}"
+        )
+        print(f"      {tags['checkpoint.uri']}" + (f"\n      {verdict}: {tags['gate.reasons']}" if verdict else ""))
+    return 0
+
+
+def _register(arguments: argparse.Namespace) -> int:
+    from dapo.config import io
+    from dapo.eval.models import checkpoint_of
+    from dapo.eval.register import register
+    from dapo.observe.layout import RunFolder
+
+    place = arguments.checkpoint.resolve()
+    checkpoint = checkpoint_of(place) if (place / "journal.jsonl").is_file() else place
+    if not (checkpoint / "manifest.json").is_file():
+        raise ConfigError(f"{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-... or a run's folder")
+    config = io.load(RunFolder(checkpoint.parent.parent).config)
+    version = register(checkpoint, config, arguments.name)
+    print(f"{version.reference}: {version.tags['checkpoint.uri']}")
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from dapo.observe.registry import CHAMPION, Registry
+
+    registry = Registry(_store(arguments), arguments.name)
+    version, now = registry.require(arguments.version), registry.get(CHAMPION)
+    registry.promote(version, over=now)
+    registry.tag(version, {"promoted.by_hand": arguments.reason})
+    print(f"{arguments.name}: champion is version {version.version}" + (f", was {now.version}" if now else ""))
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from dapo.observe.registry import Registry
+
+    was, now = Registry(_store(arguments), arguments.name).rollback()
+    print(f"{arguments.name}: champion is version {now.version} again, was {was.version}; {now.tags['checkpoint.uri']}")
+    return 0
