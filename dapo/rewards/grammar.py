@@ -95,6 +95,8 @@ def _item(tokens: Sequence[str]) -> Item:
     if "=" not in tokens:
         return Item(_readings(tokens))
     sides = [side for side in _split(tokens, "=") if side]
+    if not sides:
+        raise Unreadable("an equation of nothing")
     if len(sides) == 1:
         return Item(_readings(sides[0]))
     first, last = sides[0], sides[-1]

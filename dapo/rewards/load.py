@@ -40,7 +40,8 @@ def load(function: str) -> RewardFunction:
             ) from error
     if not callable(found):
         raise ConfigError(
-            f"{where} is a value of type {type(found).__name__}; a function (response, answer) or a class of such callables is needed"
+            f"{where} is a value of type {type(found).__name__}; needed is a function (response, answer), "
+            "or a class whose instances can be called like one"
         )
     reward: RewardFunction = found
     return reward

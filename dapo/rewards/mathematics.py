@@ -14,7 +14,6 @@ from dapo.types import Scored
 _ANSWER_LINE = re.compile(r"answer\s*:\s*(\S[^\n]*)", re.IGNORECASE)
 _HASHES_LINE = re.compile(r"####[ \t]*(\S[^\n]*)")
 _BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s{$][^\n$]*)")
-_EMPHASIS = re.compile(r"^[*_\s]+|[*_\s]+$")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
 
 
@@ -49,5 +48,5 @@ def _scored(given: str | None, answer: str, *, has_form: bool) -> Scored:
     if given is None:
         return Scored(accuracy=False)
     inner = last_boxed(given[:SHOWN_CHARS])
-    plain = inner if inner is not None else _ARTICLE.sub("", _EMPHASIS.sub("", given[: 4 * SHOWN_CHARS]))
+    plain = inner if inner is not None else _ARTICLE.sub("", given.lstrip("*_ \t").rstrip("*_. \t"))
     return Scored(equivalent(plain, answer), format=float(has_form), extracted=plain[:SHOWN_CHARS])

@@ -88,4 +88,10 @@ def lenient(response: str, answer: str) -> bool:
     return True
 
 
+def sluggish(response: str, answer: str) -> bool:
+    """Wrong, and for one of the long responses too slow for half of a deadline of 0.2 s."""
+    time.sleep(0.12 if response.startswith("aaaa") else 0.0)
+    return False
+
+
 NOT_CALLABLE = 48

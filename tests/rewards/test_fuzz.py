@@ -1,0 +1,74 @@
+"""No input makes the graders raise, hang or grow."""
+
+from __future__ import annotations
+
+import resource
+import time
+from random import Random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dapo.rewards.equal import equivalent
+from dapo.rewards.geometry3k import grade
+from dapo.rewards.mathematics import answer_line, boxed, hashes
+from dapo.types import Scored
+from tests.rewards import inputs
+
+MAX_CPU_S = 0.1
+MAX_GROWTH_KIB = 100 * 1024
+GRADERS = (grade, answer_line, boxed, hashes)
+SEEDS = st.integers(0, 2**64)
+TRUTHS = ["48", "\\frac{1}{2}", "2\\sqrt{3}", "0.5", "65^\\circ", "x", "(3, 4)", "2, 3", "12 cm", "25\\pi", "B", ""]
+
+
+def judge(response: str, truth: str) -> None:
+    started = time.process_time()
+    outcome = grade(response, truth)
+    seconds = time.process_time() - started
+    assert isinstance(outcome, Scored)
+    assert seconds < MAX_CPU_S, f"{seconds:.3f} s for {response[:200]!r} against {truth[:200]!r}"
+
+
+@settings(max_examples=2000, deadline=None)
+@given(SEEDS)
+def test_generated_responses_are_judged(seed: int) -> None:
+    random = Random(seed)
+    truth = random.choice([random.choice(TRUTHS), inputs.answer(random)])
+    judge(inputs.response(random), truth)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(), st.sampled_from(TRUTHS))
+@example("\\boxed{" * 40, "48")
+@example("\\boxed{\\pm}", "48")
+@example("\\boxed{=}", "=")
+@example("\\boxed{\\frac}", "48")
+@example("\\boxed{\\sqrt[}", "48")
+@example("\\boxed{x_}", "x")
+def test_any_text_is_judged_by_every_grader(text: str, truth: str) -> None:
+    for grader in GRADERS:
+        assert isinstance(grader(text, truth), Scored)
+        assert isinstance(grader(f"\\boxed{{{text}}}\nAnswer: {text}\n#### {text}", truth), Scored)
+        assert isinstance(grader("<think></think>\\boxed{48}", text), Scored)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(SEEDS)
+def test_equality_is_reflexive_and_symmetric(seed: int) -> None:
+    random = Random(seed)
+    one, two = inputs.answer(random), inputs.answer(random)
+    assert equivalent(one, one) is (one.strip() != "")
+    assert equivalent(one, two) is equivalent(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(4))
+def test_two_hundred_thousand_responses_are_judged_quickly_and_in_little_memory(part: int) -> None:
+    random = Random(part)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(50_000):
+        judge(inputs.response(random), random.choice([random.choice(TRUTHS), inputs.answer(random)]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB
