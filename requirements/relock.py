@@ -58,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         python = f"{folder}/bin/python"
-        subprocess.run([python, "-m", "pip", "install", "-q", "-U", "pip", "packaging", "setuptools>=77,<81"], check=True)
+        tools = ["pip", "packaging", "setuptools>=77,<81"]
+        subprocess.run([python, "-m", "pip", "install", "-q", "-U", *tools], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", f"{HERE.parent}[vllm,dev]"], check=True)
         subprocess.run([python, "-c", "import relock; relock.write()"], check=True, cwd=HERE)
 
