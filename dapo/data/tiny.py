@@ -143,7 +143,7 @@ def build_model(architecture: str, vocabulary: dict[str, int]) -> PreTrainedMode
         "deepstack_visual_indexes": [0, 1],
         "initializer_range": 0.05,
     }
-    shared = {
+    shared: dict[str, Any] = {
         "vision_config": vision,
         "image_token_id": vocabulary["<|image_pad|>"],
         "video_token_id": vocabulary["<|video_pad|>"],
@@ -162,11 +162,11 @@ def build_model(architecture: str, vocabulary: dict[str, int]) -> PreTrainedMode
             "mlp_only_layers": [],
             "norm_topk_prob": True,  # transformers always normalises and has no such field; vLLM reads it
         }
-        config = transformers.Qwen3VLMoeConfig(text_config=text, **shared)
-        model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+        moe = transformers.Qwen3VLMoeConfig(text_config=text, **shared)
+        model = transformers.Qwen3VLMoeForConditionalGeneration(moe)
     else:
-        config = transformers.Qwen3VLConfig(text_config=text, **shared)
-        model = transformers.Qwen3VLForConditionalGeneration(config)
+        dense = transformers.Qwen3VLConfig(text_config=text, **shared)
+        model = transformers.Qwen3VLForConditionalGeneration(dense)
     model.generation_config.update(
         do_sample=True, eos_token_id=vocabulary["<|im_end|>"], pad_token_id=vocabulary["<|endoftext|>"]
     )
@@ -216,7 +216,8 @@ def _make_tokenizer() -> Any:
     texts = [f"{e.text}\n{e.formula()}\n\\boxed{{{e.answer()}}}" for e in exercises]
     raw.train_from_iterator([*texts, *["system user assistant"] * 2], trainer)
     model = json.loads(raw.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    make: Any = Qwen2Tokenizer  # its annotations ask for strings where it takes pairs
+    tokenizer = make(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
         unk_token=None,
