@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +38,7 @@ class LiveView:
     def __init__(self, console: Console, folder: RunFolder, config: RunConfig) -> None:
         self.console, self.folder, self.config = console, folder, config
         self._offset = folder.journal.stat().st_size if folder.journal.exists() else 0
+        self._file = _identity(folder.journal)
         self._began = time.monotonic()
         self._latest: dict[str, str] = {}
         self._said: dict[str, float] = {}
@@ -71,6 +73,9 @@ class LiveView:
     def _loop(self) -> None:
         while True:
             last = self._end.wait(0.3)
+            if self._file != (file := _identity(self.folder.journal)):
+                # Begun just now, or an earlier one was put aside for a run from the beginning.
+                self._file, self._offset = file, 0
             for event, offset in follow(self.folder.journal, self._offset):
                 self._offset = offset
                 self._event(event)
@@ -157,6 +162,10 @@ def closing(folder: RunFolder, config: RunConfig) -> list[str]:
         f"  dapo run {folder.config} train.steps={2 * config.train.steps}",
     ]
     return lines
+
+
+def _identity(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _number(metrics: Mapping[str, Any], name: str, digits: int) -> str:

@@ -48,22 +48,27 @@ def train(config: RunConfig, data: str, weights: str) -> str:
     from dapo.runtime.training import TrainingJob, already_finished
 
     log = get_run_logger()
+    end = already_finished(config)
+    job = None if end else TrainingJob(connect(config), RunFolder.of(config), config)
+    if job is not None and config.train.resume == "never" and not job.running():
+        put_aside(RunFolder.of(config))
     folder = make_folder(config, Path(data), Path(weights))
     records = _Records(folder, config)
     shipper = Shipper(folder, config).start()
     try:
-        if end := already_finished(config):
+        if job is None:
             log.info("skipped: %s finished step %d, and nothing that decides it has changed", folder.id, end)
             tell(Stage("train", "skipped", words=f"{folder.id} finished step {end} before"))
             for event, offset in follow(folder.journal, records.offset):
                 records.take(event, offset)
             return "finished"
-        job = TrainingJob(connect(config), folder, config)
-        if job.start():
-            log.info("submitted %s to %s", job.id, job.cluster.address)
-        else:
-            log.info("%s runs already on %s; it is followed", job.id, job.cluster.address)
-        return _follow(job, records, log)
+        while True:
+            words = "submitted %s to %s" if job.start() else "%s runs already on %s; it is followed"
+            log.info(words, job.id, job.cluster.address)
+            status = _follow(job, records, log)
+            if status == "stopped" or records.total_steps >= config.train.steps:
+                return status
+            log.info("that job was asked for %d steps; now it is %d", records.total_steps, config.train.steps)
     finally:
         records.finish()
         if not shipper.close():
@@ -84,11 +89,25 @@ def stop_running_job(config: RunConfig) -> None:
         job.kill()
 
 
+def put_aside(folder: RunFolder) -> None:
+    """Move an earlier run of the same configuration out of the way, for one from the beginning."""
+    if not folder.journal.exists():
+        return
+    aside = folder.root.with_name(f"{folder.id}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    for entry in folder.root.iterdir():
+        if entry.name != "flow.log":  # the flow that does this writes to it
+            entry.rename(aside / entry.name)
+
+
 def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
-    """The run's folder with what the job reads: resolved configuration, inputs, manifest."""
+    """The run's folder with what the job reads: resolved configuration, inputs, manifest.
+
+    The job always resumes from what it finds there: after a crash, too, of a run that was to start from the beginning.
+    """
     folder = RunFolder.of(config)
     folder.root.mkdir(parents=True, exist_ok=True)
-    io.save(config, folder.config)
+    io.save(io.override(config, {"train.resume": "auto"}), folder.config)
     folder.inputs.write_text(json.dumps({"data": str(data.resolve()), "weights": str(weights.resolve())}))
     manifest.write(folder, data, weights)
     return folder
@@ -152,6 +171,8 @@ class _Records:
     folder: RunFolder
     config: RunConfig
     offset: int = 0
+    total_steps: int = 0
+    """What the attempt read last was asked for."""
     _pending: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -175,6 +196,7 @@ class _Records:
             case "step":
                 self._bar(event.step, self.config.train.steps, f"step {event.step} of {self.config.train.steps}")
             case "started":
+                self.total_steps = data["total_steps"]
                 get_run_logger().info("attempt %d starts at step %d", data["attempt"], event.step)
         self.offset = offset
         partial = self._place.with_suffix(".partial")

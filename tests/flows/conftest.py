@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dapo.config import io
 
 HERE = Path(__file__).parent
 
@@ -32,6 +35,19 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds runs, cache and the databases that take long to make the first time."""
     return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def ray(shared: Path) -> Iterator[Any]:
+    """One local head for all tests; it must be gone without a trace afterwards."""
+    from dapo.runtime import cluster, processes
+
+    config = io.validate(standin_tree(shared, "any"))
+    yield cluster.connect(config)
+    head = json.loads((cluster.state_folder(config) / "head.json").read_text())
+    assert cluster.stop_local(config) == []
+    assert processes.family(head["mark"]) == []
+    assert not Path(head["temp_dir"]).exists()
 
 
 def standin_tree(root: Path, name: str, **env: str) -> dict[str, Any]:

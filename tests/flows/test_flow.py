@@ -19,11 +19,9 @@ from tests.flows.conftest import HERE, standin_tree
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-@pytest.fixture(scope="module")
-def root(shared):
-    yield shared
-    config = io.validate(standin_tree(shared, "any"))
-    assert cluster.stop_local(config) == []
+@pytest.fixture
+def root(shared, ray):
+    return shared
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +29,7 @@ def _standin(monkeypatch):
     defaults = training.TrainingJob.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "entrypoint", (str(HERE / "standin_job.py"),))
     monkeypatch.setitem(defaults, "back_off_s", (0.1,))
+    monkeypatch.setattr(training, "STATUS_EVERY_S", 0.5)
 
 
 def run(config, **options):
@@ -49,7 +48,7 @@ def tasks_of(state):
         return {t.name: t.state_name for t in client.read_task_runs(flow_run_filter=flow_run)}
 
 
-def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipped(root, capsys):
+def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipped(root, capsys, caplog):
     config = io.validate(standin_tree(root, "whole"))
     state = run(config)
     assert state.result() == "finished"
@@ -70,7 +69,8 @@ def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipp
     assert names["prepare_dataset-synthetic"] == "Cached"
     assert names["fetch_weights-tiny"] == "Cached"
     assert not [n for n in names if n.startswith(("record_validation", "log_checkpoint", "find_cluster"))]
-    told = capsys.readouterr().err
+    # Prefect's loggers write to the console or pass on to the root, whichever test came first.
+    told = capsys.readouterr().err + caplog.text
     assert "prepare_dataset skipped: the same configuration and code made" in told
     assert "fetch_weights skipped: the same configuration and code made" in told
     assert "skipped: whole-" in told
@@ -78,7 +78,7 @@ def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipp
     # Prefect remembers a path; somebody removed what it leads to.
     shutil.rmtree(inputs["data"])
     assert run(config).result() == "finished"
-    assert "is gone; it is made again" in capsys.readouterr().err
+    assert "is gone; it is made again" in capsys.readouterr().err + caplog.text
     assert (Path(inputs["data"]) / "train.parquet").is_file()
 
 
@@ -89,6 +89,22 @@ def test_more_steps_go_on_from_the_checkpoint_and_nothing_is_recorded_twice(root
     assert state.result() == "finished"
     recorded = sorted(n for n in tasks_of(state) if n.startswith(("record_validation", "log_checkpoint")))
     assert recorded == ["log_checkpoint-step-6", "record_validation-step-6"]
+
+
+@pytest.mark.slow
+def test_run_from_the_beginning_puts_the_earlier_one_aside(root):
+    config = io.validate(standin_tree(root, "anew"))
+    assert run(config).result() == "finished"
+    folder = RunFolder.of(config)
+    first = folder.journal.read_text()
+    again = run(config, overrides={"train.resume": "never"})
+    assert again.result() == "finished"
+    assert "record_validation-step-0" in tasks_of(again)
+    (aside,) = folder.root.parent.glob(f"{folder.id}.before-*")
+    assert (aside / "journal.jsonl").read_text() == first
+    assert [e.data["attempt"] for e in read(folder.journal) if e.kind == "started"] == [1]
+    # After a crash the job must go on, not begin once more.
+    assert io.load(folder.config).train.resume == "auto"
 
 
 def test_failing_job_fails_the_flow_with_one_sentence(root):
@@ -120,6 +136,20 @@ def test_job_found_running_is_followed_from_where_the_last_flow_stopped(root):
     names = tasks_of(run(config))
     validated = sorted(int(n.rpartition("-")[2]) for n in names if n.startswith("record_validation"))
     assert validated == [4, 6, 8]
+
+
+@pytest.mark.slow
+def test_more_steps_asked_of_a_running_job_are_done_when_it_ends(root):
+    config = io.validate(standin_tree(root, "extended", STANDIN_SECONDS="0.4"))
+    from tasks.train import make_folder
+
+    folder = make_folder(config, root, root)
+    assert training.TrainingJob(cluster.connect(config), folder, config).start()
+    while not folder.journal.exists():
+        time.sleep(0.1)
+    assert run(config, overrides={"train.steps": 6}).result() == "finished"
+    started = [(e.data["attempt"], e.data["total_steps"]) for e in read(folder.journal) if e.kind == "started"]
+    assert started == [(1, 4), (2, 6)]
 
 
 def test_cancelled_flow_run_stops_its_job_with_a_checkpoint(root):

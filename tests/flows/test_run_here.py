@@ -30,6 +30,12 @@ socket.getaddrinfo = getaddrinfo
 """
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Away from the other tests' Ray: these runs start and end their own."""
+    return tmp_path_factory.mktemp("run_here")
+
+
 class Started:
     """A `dapo run` of our own; everything it starts carries a mark in its environment."""
 
@@ -79,8 +85,8 @@ def journal(root: Path, name: str):
     return list(read(path))
 
 
-def test_run_shows_progress_and_leaves_nothing_running(shared):
-    run = Started(shared, "shown")
+def test_run_shows_progress_and_leaves_nothing_running(place):
+    run = Started(place, "shown")
     assert run.process.wait(180) == 0, run.text
     assert run.left_over() == []
     for pattern in (
@@ -95,27 +101,27 @@ def test_run_shows_progress_and_leaves_nothing_running(shared):
     ):
         assert re.search(pattern, run.text), f"{pattern} in\n{run.text}"
     assert "Traceback" not in run.text
-    assert not (shared / "home").exists(), "the user's Prefect home is not touched"
+    assert not (place / "home").exists(), "the user's Prefect home is not touched"
     asked = {line.split()[0] for line in run.lookups.read_text().splitlines()}
     # Ray's dashboard asks which cloud it is in; the question does not leave the link, and cannot be switched off.
     clouds = {"169.254.169.254", "metadata.google.internal"}
     assert asked - clouds <= {"127.0.0.1", "localhost", "None", socket.gethostname()}, "nothing phones home"
 
 
-def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(shared):
-    run = Started(shared, "interrupted", "train.steps=500", STANDIN_SECONDS="0.2")
+def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(place):
+    run = Started(place, "interrupted", "train.steps=500", STANDIN_SECONDS="0.2")
     run.wait_for("step   3/500")
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(90) == 130, run.text
     assert run.left_over() == []
-    last = journal(shared, "interrupted")[-1]
+    last = journal(place, "interrupted")[-1]
     assert last.data == {"status": "stopped", "reason": "interrupted by the user"}
     assert "the same command goes on from the last checkpoint" in run.text
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_training_leaves_nothing_running(shared):
-    run = Started(shared, "early", "model.source.warmup_steps=5000")
+def test_ctrl_c_before_training_leaves_nothing_running(place):
+    run = Started(place, "early", "model.source.warmup_steps=5000")
     run.wait_for("weights: ")
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(60) == 130, run.text
@@ -123,8 +129,8 @@ def test_ctrl_c_before_training_leaves_nothing_running(shared):
 
 
 @pytest.mark.slow
-def test_training_survives_a_killed_run_and_the_next_one_takes_it_over(shared):
-    run = Started(shared, "survivor", "train.steps=40", STANDIN_SECONDS="0.5")
+def test_training_survives_a_killed_run_and_the_next_one_takes_it_over(place):
+    run = Started(place, "survivor", "train.steps=40", STANDIN_SECONDS="0.5")
     run.wait_for("step  2/40")
     run.process.kill()
     run.process.wait()
@@ -132,18 +138,18 @@ def test_training_survives_a_killed_run_and_the_next_one_takes_it_over(shared):
     left = " ".join(Path(f"/proc/{p.pid}/cmdline").read_text() for p in run.left_over())
     assert "standin_job.py" in left, "training goes on"
     assert "uvicorn" not in left, "the temporary Prefect server ends with its run"
-    second = Started(shared, "survivor", "train.steps=40", STANDIN_SECONDS="0.5")
+    second = Started(place, "survivor", "train.steps=40", STANDIN_SECONDS="0.5")
     assert second.process.wait(180) == 0, second.text
-    assert [e.data["attempt"] for e in journal(shared, "survivor") if e.kind == "started"] == [1]
+    assert [e.data["attempt"] for e in journal(place, "survivor") if e.kind == "started"] == [1]
     assert run.left_over() == []
     assert second.left_over() == []
 
 
-def test_unexpected_error_is_one_sentence_and_the_place_of_the_trace(shared):
-    folder = shared / "not-writable"
+def test_unexpected_error_is_one_sentence_and_the_place_of_the_trace(place):
+    folder = place / "not-writable"
     folder.mkdir()
     (folder / ".prefect").write_text("a file where a folder should be")
-    run = Started(shared, "unexpected", f"run_root={folder}")
+    run = Started(place, "unexpected", f"run_root={folder}")
     assert run.process.wait(60) == 1
     assert "Traceback" not in run.text
     told = re.search(r"dapo: unexpected FileExistsError: .* The whole story: (\S+)", run.text)
@@ -152,7 +158,7 @@ def test_unexpected_error_is_one_sentence_and_the_place_of_the_trace(shared):
     assert run.left_over() == []
 
 
-def test_head_of_a_run_is_not_found_by_others(shared, tmp_path):
+def test_head_of_a_run_is_not_found_by_others(place, tmp_path):
     from dapo.config import io
 
     assert cluster.find_local(io.validate(standin_tree(tmp_path, "other"))) is None

@@ -13,27 +13,21 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError, TrainingError
 from dapo.observe.layout import RunFolder
-from dapo.runtime import cluster, processes
+from dapo.runtime import cluster, processes, training
 from dapo.runtime.dashboard import Dashboard, DashboardAway
 from dapo.runtime.training import TrainingJob, finished
 
 STANDIN = str(Path(__file__).parent / "standin_job.py")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+@pytest.fixture
+def root(shared):
+    return shared / "runs"
 
 
-@pytest.fixture(scope="module")
-def ray(root):
-    """One local head for the module; it must be gone without a trace afterwards."""
-    config = RunConfig(run_root=str(root))
-    yield cluster.connect(config)
-    head = json.loads((root / ".ray" / "head.json").read_text())
-    assert cluster.stop_local(config) == []
-    assert processes.family(head["mark"]) == []
-    assert not Path(head["temp_dir"]).exists()
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(training, "STATUS_EVERY_S", 0.5)
 
 
 def make_run(root, name, **env):
