@@ -102,17 +102,25 @@ def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progr
 
 def _watch(folder: EvaluationFolder, config: RunConfig, progress: Progress, ended: Callable[[], bool]) -> None:
     last, since = -1, time.monotonic()
-    while not ended():
-        try:
-            told = json.loads(folder.progress.read_text())
-        except (OSError, ValueError):
-            told = {"done": 0, "total": 0}
-        if told["done"] != last:
-            last, since = told["done"], time.monotonic()
-            progress(last, told["total"], "prompts" if told["total"] else "loading")
+    while True:
+        over = ended()
+        done, total = _how_far(folder)
+        if done != last:
+            last, since = done, time.monotonic()
+            progress(done, total, "prompts" if total else "loading")
+        if over:
+            return
         if time.monotonic() - since > config.rollout.deadline_s:
             raise EngineError(
                 f"evaluation {folder.id} made no progress for rollout.deadline_s={config.rollout.deadline_s:.0f} s at "
-                f"prompt {last} of {told['total']} and was ended; see {folder.log}"
+                f"prompt {done} of {total} and was ended; see {folder.log}"
             )
         time.sleep(POLL_S)
+
+
+def _how_far(folder: EvaluationFolder) -> tuple[int, int]:
+    try:
+        told = json.loads(folder.progress.read_text())
+    except (OSError, ValueError):
+        return 0, 0
+    return told["done"], told["total"]
