@@ -7,9 +7,10 @@ import time
 from random import Random
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dapo.rewards import equal, exact
 from dapo.rewards.equal import equivalent
 from dapo.rewards.geometry3k import grade
 from dapo.rewards.mathematics import answer_line, boxed, hashes
@@ -24,11 +25,20 @@ TRUTHS = ["48", "\\frac{1}{2}", "2\\sqrt{3}", "0.5", "65^\\circ", "x", "(3, 4)",
 
 
 def judge(response: str, truth: str) -> None:
-    started = time.process_time()
-    outcome = grade(response, truth)
-    seconds = time.process_time() - started
-    assert isinstance(outcome, Scored)
+    seconds = timed(response, truth)
+    if seconds >= MAX_CPU_S:
+        # The process collects its garbage at times; what is slow is slow again.
+        seconds = timed(response, truth)
     assert seconds < MAX_CPU_S, f"{seconds:.3f} s for {response[:200]!r} against {truth[:200]!r}"
+
+
+def timed(response: str, truth: str) -> float:
+    """Processor seconds of one judgement that remembers nothing."""
+    for cache in (equal._compare, equal._understood, exact.prime_factors):
+        cache.cache_clear()
+    started = time.process_time()
+    assert isinstance(grade(response, truth), Scored)
+    return time.process_time() - started
 
 
 @settings(max_examples=2000, deadline=None)
@@ -65,10 +75,19 @@ def test_equality_is_reflexive_and_symmetric(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", range(4))
-def test_two_hundred_thousand_responses_are_judged_quickly_and_in_little_memory(part: int) -> None:
-    random = Random(part)
+def test_two_hundred_thousand_responses_are_judged_quickly_and_in_little_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(50_000):
-        judge(inputs.response(random), random.choice([random.choice(TRUTHS), inputs.answer(random)]))
+    judged = 0
+
+    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(SEEDS)
+    def judge_a_hundred(seed: int) -> None:
+        nonlocal judged
+        random = Random(seed)
+        for _ in range(100):
+            judge(inputs.response(random), random.choice([random.choice(TRUTHS), inputs.answer(random)]))
+        judged += 100
+
+    judge_a_hundred()
+    assert judged >= 200_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB
