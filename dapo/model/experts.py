@@ -6,6 +6,7 @@ router's weights. Never all experts on all tokens.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,35 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.linear(x, weight)
     out: Tensor = _Linear.apply(x, weight, None)
     return out
+
+
+class RouterLoad:
+    """Counts which experts the routers choose while gradients are on; adds no synchronisation and no loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: dict[str, Tensor] = {}
+        """Per router [E]; recomputation counts twice, which changes no share."""
+        for name, module in model.named_modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                module.register_forward_hook(partial(self._count, name))
+
+    def _count(self, name: str, router: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled():
+            chosen = output[2].flatten()
+            counts = self.counts.setdefault(name, torch.zeros(router.num_experts, device=chosen.device))
+            counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+
+    def take(self) -> Tensor | None:
+        """[layers, E] since the last call; None where nothing was routed."""
+        taken = torch.stack(list(self.counts.values())) if self.counts else None
+        self.counts = {}
+        return taken
+
+
+def router_metrics(counts: Tensor) -> dict[str, float]:
+    """From [layers, E]: load of the busiest expert over the mean load, averaged over layers; share of idle experts."""
+    busiest = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
+    return {"router_max_load": float(busiest.mean()), "router_idle": float((counts == 0).double().mean())}
 
 
 class _NpuGrouped(torch.autograd.Function):

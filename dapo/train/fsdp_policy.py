@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dapo import device as devices
 from dapo.algo.objective import ObjectiveResult, TokenBatch, Totals, merge_sums, policy_objective, reduce_metrics
 from dapo.config.run import RunConfig
+from dapo.model.experts import RouterLoad, router_metrics
 from dapo.model.load import load_model
 from dapo.model.network import Network
 from dapo.model.ulysses import check_heads
@@ -62,6 +63,7 @@ class FsdpPolicy:
         offload = config.model.parallel.offload_optimizer
         self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer, streamed=offload)
         self._moments_home = torch.device("cpu") if offload else self.device
+        self.routers = RouterLoad(self.network.model)
         self.updates = 0
         """Optimiser updates made so far in the run."""
         self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
@@ -92,6 +94,10 @@ class FsdpPolicy:
         return networks[0]
 
     # ---- log-probabilities ------------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of this rank's packs under the current weights; nothing of a step in progress is touched."""
+        return self._logprobs(batch, plan, self.network, {}, first=0)
 
     def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         """Of this rank's packs, before the first update of the step; kept for `update`.
@@ -154,7 +160,7 @@ class FsdpPolicy:
                 f"the first update's probability ratio is off by {metrics['max_ratio_error']}; it must be exactly 1: "
                 "its old log-probabilities come from the same packs and weights"
             )
-        return UpdateResult(metrics | self._step())
+        return UpdateResult(metrics | self._router_metrics() | self._step())
 
     def _objective(self, inputs: object, targets: PackTargets, totals: Totals, key: tuple[int, int]) -> ObjectiveResult:
         logprobs, entropy = self.network(inputs)
@@ -185,6 +191,10 @@ class FsdpPolicy:
         total, highest = (x.split(sizes) for x in (self.layout.sum(stacked), self.layout.maximum(stacked)))
         merged = {n: (highest if n.startswith("max_") else total)[i].view_as(sums[n]) for i, n in enumerate(sums)}
         return reduce_metrics(merged)
+
+    def _router_metrics(self) -> dict[str, float]:
+        counts = self.routers.take()
+        return {} if counts is None else router_metrics(self.layout.sum(counts))
 
     def _step(self) -> dict[str, float]:
         config = self.config.model.optimizer

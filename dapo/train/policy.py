@@ -22,11 +22,15 @@ class UpdateResult:
 
     metrics: dict[str, float]
     """Names of docs/metrics.md without prefix: loss, grad_norm, entropy, clip_high, clip_low, clip_dual,
-    clipped_probability, approx_kl, lr, tokens, max_ratio_error (first update only)."""
+    clipped_probability, approx_kl, lr, tokens, skipped, max_ratio_error; router_max_load, router_idle of a MoE."""
 
 
 class Policy(Protocol):
     """The model being trained, whatever it is spread over."""
+
+    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        """Of the current weights, for every sequence; changes nothing."""
+        ...
 
     def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         """Of the weights before the first update of the step; kept by the policy for `update` besides."""

@@ -32,6 +32,7 @@ class Case:
     """State to begin from."""
     export: str = ""
     tokens_per_pack: int = 64
+    share_prefix: bool = True
 
     def make_batch(self) -> Any:
         return make_batch(**{"images": "none" if self.kind == "text" else "some"} | self.batch)
@@ -52,7 +53,9 @@ def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1
     if case.load:
         policy.load(root / case.load)
     batch = case.make_batch()
-    plan = plan_packs(batch, ranks=config.data_parallel, tokens_per_pack=case.tokens_per_pack)
+    plan = plan_packs(
+        batch, ranks=config.data_parallel, tokens_per_pack=case.tokens_per_pack, share_prefix=case.share_prefix
+    )
     with exact_float64():
         old = policy.old_logprobs(batch, plan)
         updates = [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
@@ -85,8 +88,10 @@ def run_ranks(world: int, cases: dict[str, Case], root: Path) -> dict[str, list[
 
 def _rank(rank: int, world: int, port: int, cases: dict[str, Case], folders: dict[str, Path], root: Path) -> None:
     torchvision_cpu.install()
+    from dapo.train.parallel import leave
+
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, case in cases.items():
         torch.save(run_case(case, folders[name], root, rank, world), root / f"{name}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()

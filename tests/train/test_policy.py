@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dapo.errors import CheckpointError, ConfigError
+from dapo.model.experts import router_metrics
 from dapo.plan.packing import plan_packs
 from dapo.train import optim
 from dapo.train.fsdp_policy import FsdpPolicy
@@ -140,6 +141,19 @@ def test_an_update_without_a_trained_token_has_loss_zero(tmp_path):
     ]
     (metrics,) = step(policy, dataclasses.replace(batch, groups=tuple(groups)))
     assert (metrics["loss"], metrics["grad_norm"], metrics["empty_update"]) == (0.0, 0.0, 1.0)
+
+
+def test_router_load_is_reported_for_a_moe_and_only_for_one(tmp_path):
+    moe = step(make_policy(make_folder(tmp_path / "moe", "moe"), "moe"), make_batch())
+    assert all(1.0 <= metrics["router_max_load"] <= 6.0 for metrics in moe)
+    assert all(0.0 <= metrics["router_idle"] < 1.0 for metrics in moe)
+    dense = step(make_policy(make_folder(tmp_path / "dense", "dense")), make_batch())
+    assert not any("router_max_load" in metrics for metrics in dense)
+
+
+def test_router_metrics_by_hand():
+    counts = torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert router_metrics(counts) == {"router_max_load": 2.5, "router_idle": 3 / 8}
 
 
 def test_warm_up_counts_updates():
