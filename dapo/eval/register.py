@@ -17,12 +17,9 @@ from dapo.errors import ConfigError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.eval.models import digest_of
 from dapo.observe import manifest
-from dapo.observe.layout import RunFolder
+from dapo.observe.layout import REGISTERED, RunFolder
 from dapo.observe.registry import ModelVersion, Registry, logged_model
 from dapo.observe.shipper import experiment_id, tracking_uri
-
-MARK = "registered.json"
-"""In a checkpoint's folder: somebody refers to it, so it is not removed as an old one."""
 
 
 def register(
@@ -60,7 +57,7 @@ def register(
         {"step": str(told["step"])},
     )
     version = registry.register(model_id, run_id, _tags(run, checkpoint, told, uri), card)
-    (checkpoint / MARK).write_text(json.dumps({"model": name, "version": version.version}))
+    (checkpoint / REGISTERED).write_text(json.dumps({"model": name, "version": version.version}))
     return version
 
 

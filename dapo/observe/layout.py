@@ -18,6 +18,9 @@ _NOT_IDENTITY: dict[str, Any] = {
     "run_root": True,
 }
 
+REGISTERED = "registered.json"
+"""In a checkpoint's folder: the registry refers to it, so it is not removed as an old one."""
+
 
 def run_id(config: RunConfig) -> str:
     """Name plus 8 hex digits of everything that changes what is learned: the same configuration finds its run again."""

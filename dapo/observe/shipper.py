@@ -45,7 +45,13 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
+    asked = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # create_external_model knows no other way
+    # It also sets the variable, which the next configuration without a store of its own would take for the user's word.
+    if asked is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = asked
     return mlflow.MlflowClient(uri)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.errors import CheckpointError
-from dapo.observe.layout import RunFolder
+from dapo.observe.layout import REGISTERED, RunFolder
 
 MANIFEST = "manifest.json"
 CONTROLLER = "controller.json"
@@ -107,9 +107,9 @@ def best(folder: RunFolder) -> Path | None:
 
 
 def prune(folder: RunFolder, keep: int, best: Path | None) -> None:
-    """Remove all but the `keep` newest checkpoints and the best one."""
+    """Remove all but the `keep` newest checkpoints, the best one, and those the registry refers to."""
     for path in sorted(folder.checkpoints.glob("step-*"), reverse=True)[keep:]:
-        if path != best:
+        if path != best and not (path / REGISTERED).exists():
             shutil.rmtree(path)
 
 

@@ -27,16 +27,21 @@ from dapo.algo.kl import KlController
 from dapo.config.run import RunConfig
 from dapo.data.loader import PromptLoader
 from dapo.errors import EngineError, RewardError, RunStopped, StarvationError
+from dapo.eval import results
 from dapo.eval.validate import summarise, table_rows
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
 from dapo.observe.metrics import speed_metrics, step_metrics
 from dapo.plan.packing import CostModel, plan_packs
+from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime import checkpoints
+from dapo.runtime.proof import probe
 from dapo.train.policy import Policy, UpdateResult
 from dapo.types import Completion, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
 
 log = logging.getLogger(__name__)
+
+PROBE_PROMPTS = 4
 
 
 class GenerationDoor(Protocol):
@@ -105,6 +110,7 @@ class Controller:
         self.at = Counters()
         self.seconds: dict[str, float] = defaultdict(float)
         self._recent: list[float] = []
+        self._probed: int | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
 
     # ---- the run ----------------------------------------------------------------------------------------------------
@@ -219,13 +225,14 @@ class Controller:
         """Redo a round on a restarted engine; the same seeds give the same responses."""
         for attempt in range(self.config.rollout.restarts + 1):
             try:
+                if attempt:
+                    self.engine.restart()
+                    self.sync()
                 return self.engine.generate(prompts, params)
             except EngineError as error:
                 if attempt == self.config.rollout.restarts:
                     raise
                 self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
-                self.engine.restart()
-                self.sync()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     # ---- around the step --------------------------------------------------------------------------------------------
@@ -234,7 +241,27 @@ class Controller:
         """Engine gets the weights, and proves it."""
         with self.phase("sync"):
             self.engine.wake()
-            return self.policy.sync(self.at.policy_version)
+            metrics = self.policy.sync(self.at.policy_version)
+            if self._probed is None or _due(self.at.step, self.config.rollout.probe_every):
+                metrics |= self.probe()
+        return metrics
+
+    def probe(self) -> dict[str, float]:
+        """Stop where the engine computes something else than the trainer (`dapo.runtime.proof`)."""
+        gap = probe(
+            self.engine,
+            self.policy,
+            self.held_out[:PROBE_PROMPTS],
+            dataclasses.replace(self.training_sampling(), n=1),
+            ranks=self.config.data_parallel,
+            tokens_per_pack=self.config.batch.tokens_per_pack,
+        )
+        rollout, dtype = self.config.rollout, self.config.model.compute_dtype
+        precision = dtype if rollout.dtype == "auto" else rollout.dtype
+        after = "the start" if self._probed is None else f"the sync of step {self.at.step}"
+        check_probe(gap, rollout.probe_tolerance or default_tolerance(precision), after=after)
+        self._probed = self.at.step
+        return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}
 
     def validate(self) -> None:
         """Measure the policy on the held-out prompts; the same random streams each time, so that steps compare."""
@@ -245,6 +272,7 @@ class Controller:
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = table_rows(groups, self.config.validation.table_rows)
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.folder.validation_results(self.at.step).write_text(results.to_lines(results.of_groups(groups)))
         relative = str(table.relative_to(self.folder.root))
         best = metrics["val/accuracy"] > self.at.best_accuracy
         self.at.best_accuracy = max(metrics["val/accuracy"], self.at.best_accuracy)

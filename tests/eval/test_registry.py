@@ -9,8 +9,9 @@ from dapo.errors import ConfigError, WeightsError
 from dapo.eval import models
 from dapo.eval.gate import GateConfig, decide
 from dapo.eval.record import record_decision
-from dapo.eval.register import MARK, register
+from dapo.eval.register import register
 from dapo.eval.retrain import measuring_config, occasion, training_config
+from dapo.observe.layout import REGISTERED
 from dapo.observe.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from dapo.observe.shipper import Shipper, tracking_uri
 from dapo.runtime import checkpoints
@@ -89,10 +90,14 @@ def test_the_card_tells_what_from_what_and_how_good(world):
     assert "\n\n\n" not in card.split("## How good")[0].split("| | |")[1], "a table has no holes"
 
 
-def test_a_registered_checkpoint_is_marked_and_still_whole(world):
-    folder, _, _, _, _ = world
-    assert json.loads((folder.checkpoint(STEPS) / MARK).read_text()) == {"model": NAME, "version": 1}
+def test_a_registered_checkpoint_is_whole_and_not_removed_as_an_old_one(world):
+    folder, _, first, _, _ = world
+    assert json.loads((folder.checkpoint(STEPS) / REGISTERED).read_text()) == {"model": NAME, "version": 1}
     assert checkpoints.damage(folder.checkpoint(STEPS)) is None
+    old = save_checkpoint(folder, 1, 0.1, "zero")
+    checkpoints.prune(folder, 1, best=None)
+    assert not old.exists()
+    assert (first.folder / "model.safetensors").exists()
 
 
 def test_references_lead_to_the_same_weights(world):

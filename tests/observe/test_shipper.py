@@ -4,7 +4,7 @@ import mlflow
 import pytest
 
 from dapo.observe.report import write_plots
-from dapo.observe.shipper import Shipper, log_artifacts
+from dapo.observe.shipper import Shipper, log_artifacts, tracking_uri
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
 
@@ -70,3 +70,11 @@ def test_training_goes_on_and_nothing_is_lost_while_mlflow_is_away(tmp_path):
     back.ship()
     client = mlflow.MlflowClient(back.uri)
     assert len(client.get_metric_history(back.run_id, "train/entropy")) == STEPS
+
+
+def test_one_run_s_store_is_not_the_default_of_the_next(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder, config, _ = run_folder.make(tmp_path / "one")
+    Shipper(folder, config).ship()
+    _, other, _ = run_folder.make(tmp_path / "two")
+    assert tracking_uri(other) == f"sqlite:///{tmp_path / 'two' / 'runs' / 'mlflow.db'}"
