@@ -66,6 +66,9 @@ class Worker:
     def wake(self) -> None:
         self.engine.wake()
 
+    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return self.policy.logprobs(batch, plan)
+
     def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         return self.policy.old_logprobs(batch, plan)
 
@@ -188,6 +191,9 @@ class RayPolicy:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self._sent: tuple[TrainBatch, PackPlan, Any, Any] | None = None
+
+    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
+        return _merged(self.workers.call("logprobs", batch, plan))
 
     def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         return _merged(self.workers.call("old_logprobs", *self._refs(batch, plan)))

@@ -34,6 +34,9 @@ class Bandit:
         self.engine: ScriptedEngine | None = None
         self.trained: list[list[str]] = []
 
+    def logprobs(self, batch, plan):
+        return self.old_logprobs(batch, plan)
+
     def old_logprobs(self, batch, plan):
         assert len(plan.updates) == len(batch.updates)
         return LogProbs(tuple(tuple((-0.5,) * len(s.response_ids) for s in g.sequences) for g in batch.groups))
@@ -65,9 +68,11 @@ class Bandit:
 class ScriptedEngine:
     """Answers by hash; `fail_at` are the calls of `generate` that die."""
 
-    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
+    def __init__(self, fail_at: tuple[int, ...] = (), stale: bool = False) -> None:
         self.skill, self.version, self.calls, self.restarts = 0.0, -1, 0, 0
         self.fail_at = fail_at
+        self.logprob = -1.5 if stale else -0.5
+        """Of every token; other than the policy's where the engine computes with other weights."""
 
     def generate(self, prompts, params):
         self.calls += 1
@@ -79,7 +84,7 @@ class ScriptedEngine:
         digest = hashlib.sha256(f"{params.seed}/{prompt.id}/{sample}".encode()).digest()
         right = int.from_bytes(digest[:4], "big") / 2**32 < self.skill
         ids = (RIGHT if right else WRONG, STOP)
-        return Completion(ids, (-0.5,) * len(ids), FinishReason.STOP, self.version)
+        return Completion(ids, (self.logprob,) * len(ids), FinishReason.STOP, self.version)
 
     def restart(self):
         self.restarts += 1

@@ -135,6 +135,13 @@ def test_an_engine_that_keeps_dying_ends_the_run(tmp_path):
     assert controller.engine.restarts == controller.config.rollout.restarts
 
 
+def test_an_engine_that_computes_with_other_weights_stops_the_run_before_it_trains(tmp_path):
+    controller, policy, _ = make(tmp_path, engine=ScriptedEngine(stale=True))
+    with pytest.raises(EngineError, match=r"log-prob probe after the start: .* differ by 1 nats .* other weights"):
+        controller.run()
+    assert policy.trained == []
+
+
 def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path):
     controller, policy, _ = make(tmp_path, judge=Judge(broken=True), validation={"before_training": False})
     with pytest.raises(RewardError, match="dapo reward test"):
