@@ -13,20 +13,20 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from dapo.algo.batch import build_train_batch, judged, subtract_kl
+from dapo.algo.batch import build_train_batch, subtract_kl
 from dapo.algo.groups import GroupBuffer
 from dapo.algo.health import Health
 from dapo.algo.kl import KlController
 from dapo.config.run import RunConfig
 from dapo.data.loader import PromptLoader
-from dapo.errors import EngineError, RewardError, RunStopped, StarvationError
+from dapo.errors import EngineError, RunStopped, StarvationError
 from dapo.eval import results
 from dapo.eval.validate import summarise, table_rows
 from dapo.observe.journal import Journal
@@ -35,37 +35,14 @@ from dapo.observe.metrics import speed_metrics, step_metrics
 from dapo.plan.packing import CostModel, plan_packs
 from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime import checkpoints
+from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text
 from dapo.runtime.proof import probe
 from dapo.train.policy import Policy, UpdateResult
-from dapo.types import Completion, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
+from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
 PROBE_PROMPTS = 4
-
-
-class GenerationDoor(Protocol):
-    """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
-
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
-    def restart(self) -> None: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
-
-
-class RewardDoor(Protocol):
-    """`dapo.rewards.pool.RewardPool`, or anything that judges (response, answer) pairs in order."""
-
-    def score(self, items: Sequence[tuple[str, str]]) -> Sequence[Outcome]: ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """What the controller needs of the processor."""
-
-    stop_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    decode_many: Callable[[Sequence[Sequence[int]]], list[str]]
 
 
 @dataclass
@@ -91,7 +68,7 @@ class Controller:
         folder: RunFolder,
         journal: Journal,
         policy: Policy,
-        engine: GenerationDoor,
+        engine: EngineDoor,
         rewards: RewardDoor,
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
@@ -99,8 +76,9 @@ class Controller:
         cost: CostModel | None = None,
     ) -> None:
         self.config, self.folder, self.journal, self.cost = config, folder, journal, cost
-        self.policy, self.engine, self.rewards = policy, engine, rewards
-        self.prompts, self.held_out, self.text = prompts, held_out, text
+        self.policy, self.engine = policy, engine
+        self.prompts, self.held_out = prompts, held_out
+        self.generation = Generation(config, engine, rewards, text, restarted=self.engine_restarted, phase=self.phase)
         self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
         self.buffer = GroupBuffer(
             config.algorithm.sampling, config.batch.prompts_per_step, config.batch.prompts_per_round
@@ -192,9 +170,10 @@ class Controller:
             indices = [i for i in offered if self.buffer.asks(self.prompts[i].id)]
             if not indices:
                 continue
-            groups = self.generate([self.prompts[i] for i in indices], self.training_sampling(), "generate")
+            params = self.generation.training(self.at.serial)
+            groups = self.generation.groups([self.prompts[i] for i in indices], params, self.at.serial, "generate")
+            self.at.serial += len(groups)
             self.at.responses += sum(len(g.rollouts) for g in groups)
-            self._stop_on_broken_reward(groups)
             self.buffer.add(groups)
             self.stop_if_asked()
         try:
@@ -202,38 +181,6 @@ class Controller:
         except StarvationError as starved:
             self.journal.append("alarm", self.at.step, name="starvation", message=str(starved))
             raise RunStopped(str(starved)) from starved
-
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, phase: str) -> list[RolloutGroup]:
-        """Sample `params.n` responses per prompt and have them judged."""
-        with self.phase(phase, len(self.buffer), self.config.batch.prompts_per_step):
-            completions = self._generate_or_restart(prompts, params)
-        with self.phase("reward"):
-            texts = self.text.decode_many([c.token_ids for group in completions for c in group])
-            answers = [p.answer for p, group in zip(prompts, completions, strict=True) for _ in group]
-            outcomes = self.rewards.score(list(zip(texts, answers, strict=True)))
-            judgements = zip(outcomes, texts, strict=True)
-        groups = []
-        for prompt, samples in zip(prompts, completions, strict=True):
-            rollouts = tuple(
-                Rollout(prompt.id, i, completion, *next(judgements)) for i, completion in enumerate(samples)
-            )
-            groups.append(judged(RolloutGroup(prompt, rollouts, serial=self.at.serial), self.config))
-            self.at.serial += 1
-        return groups
-
-    def _generate_or_restart(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """Redo a round on a restarted engine; the same seeds give the same responses."""
-        for attempt in range(self.config.rollout.restarts + 1):
-            try:
-                if attempt:
-                    self.engine.restart()
-                    self.sync()
-                return self.engine.generate(prompts, params)
-            except EngineError as error:
-                if attempt == self.config.rollout.restarts:
-                    raise
-                self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     # ---- around the step --------------------------------------------------------------------------------------------
 
@@ -252,7 +199,7 @@ class Controller:
             self.engine,
             self.policy,
             self.held_out[:PROBE_PROMPTS],
-            dataclasses.replace(self.training_sampling(), n=1),
+            dataclasses.replace(self.generation.training(self.at.serial), n=1),
             ranks=self.config.data_parallel,
             tokens_per_pack=self.config.batch.tokens_per_pack,
         )
@@ -264,9 +211,8 @@ class Controller:
         return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}
 
     def validate(self) -> None:
-        """Measure the policy on the held-out prompts; the same random streams each time, so that steps compare."""
-        with self.phase("validate"):
-            groups = self.generate(self.held_out, self.validation_sampling(), "validate")
+        """Measure the policy on the held-out prompts."""
+        groups = self.generation.groups(self.held_out, self.generation.validation(), 0, "validate")
         metrics = summarise(groups)
         table = self.folder.validation_table(self.at.step)
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -337,46 +283,16 @@ class Controller:
         for alarm in self.health.observe(self.at.step, metrics):
             self.journal.append("alarm", self.at.step, name=alarm.name, message=alarm.message)
 
-    def training_sampling(self) -> SamplingParams:
-        rollout, batch = self.config.rollout, self.config.batch
-        return SamplingParams(
-            n=batch.group_size,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=batch.max_response_tokens,
-            stop_token_ids=self.text.stop_token_ids,
-            banned_token_ids=self.text.banned_token_ids,
-            # A prompt may come twice in one step (a new epoch); the serial number keeps its streams apart.
-            seed=self.config.seed * 1_000_003 + self.at.serial + 1,
-        )
-
-    def validation_sampling(self) -> SamplingParams:
-        validation = self.config.validation
-        return dataclasses.replace(
-            self.training_sampling(),
-            n=validation.samples,
-            temperature=validation.temperature,
-            top_p=validation.top_p,
-            top_k=validation.top_k,
-            seed=self.config.seed,
-        )
-
     def stop_if_asked(self) -> None:
         if self.folder.stop_request.exists():
             raise RunStopped(
                 f"{self.folder.stop_request.name} was found: {self.folder.stop_request.read_text().strip()}"
             )
 
-    def _stop_on_broken_reward(self, groups: Sequence[RolloutGroup]) -> None:
-        rollouts = [r for g in groups for r in g.rollouts]
-        failed = [r for r in rollouts if r.failed]
-        if len(failed) > self.config.reward.max_failed_share * len(rollouts):
-            raise RewardError(
-                f"{len(failed)} of {len(rollouts)} checks of reward.function={self.config.reward.function} failed in "
-                f"one round (reward.max_failed_share={self.config.reward.max_failed_share}); the first: "
-                f"{failed[0].outcome}. Try it with `dapo reward test {self.config.reward.function}`"
-            )
+    def engine_restarted(self, error: EngineError) -> None:
+        """A new engine holds the weights the run started from."""
+        self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
+        self.sync()
 
     @contextmanager
     def phase(self, name: str, done: int = 0, total: int = 0) -> Iterator[None]:

@@ -80,7 +80,8 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
     loading = workers.begin(weights)
 
-    from dapo.runtime.controller import Controller, Text
+    from dapo.runtime.controller import Controller
+    from dapo.runtime.generation import Text
 
     prompts, held_out, text = load_prompts(config, data, weights)
     with RewardPool(

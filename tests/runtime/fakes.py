@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from dapo.errors import EngineError
-from dapo.runtime.controller import Text
+from dapo.runtime.generation import Text
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, FinishReason, Prompt, Scored, TimedOut
 
