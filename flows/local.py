@@ -48,7 +48,7 @@ def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[p
             )
 
             if server is not None:
-                progress.tell(progress.Stage("prefect", "running", words="temporary server"))
+                progress.tell(progress.Stage("prefect", "running", words=server.why))
                 server.wait()
                 progress.tell(progress.Stage("prefect", "done", words=server.api))
             state: Any = dapo(**parameters, return_state=True)

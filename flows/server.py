@@ -61,6 +61,8 @@ class TemporaryServer:
         environment: is changed so that a Prefect imported later uses this server.
     """
 
+    why = "temporary server (none is configured)"
+
     def __init__(self, home: Path, environment: Any = os.environ) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self._lock = (home / "lock").open("w")
@@ -131,11 +133,14 @@ class TemporaryServer:
 @contextlib.contextmanager
 def prefect_server(home: Path) -> Iterator[TemporaryServer | None]:
     """The temporary server, still starting (call its `wait`), or None where the configured one answers."""
-    if answers(configured_api()):
+    configured = configured_api()
+    if answers(configured):
         os.environ.update(NO_PHONE_HOME)
         yield None
         return
     server = TemporaryServer(home)
+    if configured:
+        server.why = f"temporary server (no Prefect server answers at the configured {configured})"
     try:
         yield server
     finally:

@@ -41,18 +41,13 @@ class Making:
         self._answer: dict[str, Any] = {}
         self._latest: tuple[int, int, str] | None = None
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as the child)
-        env = dict(os.environ) | NO_PHONE_HOME
-        if kind == "weights":
-            # The warm-up of a tiny model is the longest thing a first run waits for: all cores, but no spinning while
-            # another process has one of them.
-            env |= {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tasks.inputs", kind, str(cache)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=env,
+            env=dict(os.environ) | NO_PHONE_HOME,
             start_new_session=True,  # a Ctrl-C of the terminal is answered by the parent
         )
         assert self._child.stdin is not None
