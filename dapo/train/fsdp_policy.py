@@ -149,18 +149,19 @@ class FsdpPolicy:
         totals = _totals(batch, index, self.config.batch.max_response_tokens)
         sums = []
         for i, pack in enumerate(packs):
-            self._announce_backward(last=i == len(packs) - 1)
+            parallel.announce_backward(self.network, self.layout, last=i == len(packs) - 1)
             inputs, targets = self.collate(batch, pack)
             result = self._objective(inputs, targets, totals, (index, i))
             result.loss.backward()
             sums.append(result.sums)
-        metrics = self._reduced(merge_sums(sums))
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        metrics, norm = self._over_ranks(merge_sums(sums), optim.gradient_square(parameters, self.layout))
         if index == 0:
             assert metrics["max_ratio_error"] == 0.0, (
                 f"the first update's probability ratio is off by {metrics['max_ratio_error']}; it must be exactly 1: "
                 "its old log-probabilities come from the same packs and weights"
             )
-        return UpdateResult(metrics | self._router_metrics() | self._step())
+        return UpdateResult(metrics | self._step(parameters, norm))
 
     def _objective(self, inputs: object, targets: PackTargets, totals: Totals, key: tuple[int, int]) -> ObjectiveResult:
         logprobs, entropy = self.network(inputs)
@@ -176,33 +177,28 @@ class FsdpPolicy:
         )
         return policy_objective(tokens, self.config.algorithm, totals)
 
-    def _announce_backward(self, last: bool) -> None:
-        if self.layout.mesh is not None:
-            network = self.network
-            network.set_is_last_backward(last)  # type: ignore[operator]  # fully_shard gives the module this method
-            if self.layout.replicated:
-                network.set_requires_all_reduce(last)  # type: ignore[operator]
+    def _over_ranks(self, sums: dict[str, Tensor], square: Tensor) -> tuple[dict[str, float], float]:
+        """Metrics and the gradient's norm over all ranks, in one exchange."""
+        routed = self.routers.take()
+        parts = {**sums, "square": square} | ({} if routed is None else {"routed": routed})
+        own = torch.cat([part.detach().flatten().to("cpu", torch.float64) for part in parts.values()])
+        columns = self.layout.gather(own).split([part.numel() for part in parts.values()], dim=1)
+        ranks = dict(zip(parts, columns, strict=True))
+        norm = float((ranks["square"].sum() / self.layout.shard_copies).sqrt())
+        merged = {}
+        for name, value in sums.items():
+            # Ranks that share their packs computed the same sums.
+            rows = ranks[name][:: self.layout.sequence_parallel]
+            merged[name] = (rows.amax(0) if name.startswith("max_") else rows.sum(0)).view_as(value)
+        metrics = reduce_metrics(merged)
+        return metrics if routed is None else metrics | router_metrics(ranks["routed"].sum(0).view_as(routed)), norm
 
-    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Over all ranks, each data-parallel rank counted once."""
-        counted = float(self.layout.rank % self.layout.sequence_parallel == 0)
-        stacked = torch.cat([value.flatten() for value in sums.values()]).to("cpu", torch.float64) * counted
-        sizes = [value.numel() for value in sums.values()]
-        total, highest = (x.split(sizes) for x in (self.layout.sum(stacked), self.layout.maximum(stacked)))
-        merged = {n: (highest if n.startswith("max_") else total)[i].view_as(sums[n]) for i, n in enumerate(sums)}
-        return reduce_metrics(merged)
-
-    def _router_metrics(self) -> dict[str, float]:
-        counts = self.routers.take()
-        return {} if counts is None else router_metrics(self.layout.sum(counts))
-
-    def _step(self) -> dict[str, float]:
+    def _step(self, parameters: list[nn.Parameter], norm: float) -> dict[str, float]:
         config = self.config.model.optimizer
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        norm = optim.clip_gradients(parameters, config.max_grad_norm, self.layout)
         finite = norm < float("inf")
         rate = optim.learning_rate(config, self.updates + 1)
         if finite:
+            optim.clip_gradients(parameters, norm, config.max_grad_norm)
             optim.step(self.optimizer, rate, self._moments_home, self.device)
             self.updates += 1
         else:

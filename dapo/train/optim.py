@@ -77,22 +77,23 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float, layout: Layout) -> float:
-    """Scale all gradients so that their global norm is at most `max_norm`; parameters without one get zeros.
+def gradient_square(parameters: list[nn.Parameter], layout: Layout) -> Tensor:
+    """Sum of squares of this rank's gradient shards, 0-d; parameters without a gradient get zeros.
 
-    Returns:
-        The norm before clipping, over all shards of all ranks. Not finite: gradients are left as they are.
+    The sum of it over all ranks, over `layout.shard_copies`, is the square of the global norm.
     """
     for p in parameters:
         if p.grad is None:  # a text-only update: sharded ranks have zeros here, so must a single process
             p.grad = torch.zeros_like(p)
-    local = [_local(p.grad) for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([g for g in local if g.numel()] or [torch.zeros(1, device=layout.device)]))
-    squares = norms.to("cpu", torch.float64).square().sum()
-    norm = float((layout.sum(squares) / layout.shard_copies).sqrt())
+    local = [g for p in parameters if p.grad is not None and (g := _local(p.grad)).numel()]
+    return torch.stack(torch._foreach_norm(local or [torch.zeros(1, device=layout.device)])).square().sum()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scale gradients of this global norm down to `max_norm`, if they are above it."""
     if max_norm < norm < float("inf"):
-        torch._foreach_mul_(local, max_norm / norm)
-    return norm
+        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], max_norm / norm)
 
 
 def _local(tensor: Tensor) -> Tensor:

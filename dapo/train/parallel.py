@@ -21,6 +21,8 @@ from dapo.model.ulysses import SequenceGroup
 
 log = logging.getLogger(__name__)
 
+MIN_GROUP_BYTES = 2**24
+"""Weights below this are gathered together with others: waiting for a collective would take longer than moving them."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer for the others raises, naming the collective: a hang never lasts for ever."""
 
@@ -57,12 +59,14 @@ class Layout:
             dist.all_reduce(total)
         return total
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """Like `sum`."""
-        highest = values.detach().to("cpu", torch.float64)
-        if self.mesh is not None and self.world > 1:
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        return highest
+    def gather(self, values: Tensor) -> Tensor:
+        """A few numbers [n] of every rank: [world, n], float64, on CPU."""
+        own = values.detach().to("cpu", torch.float64)
+        if self.mesh is None or self.world == 1:
+            return own[None]
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own)
+        return torch.stack(parts)
 
     @property
     def shard_copies(self) -> int:
@@ -119,7 +123,10 @@ def _sequence_group(size: int, kind: Kind, rank: int, world: int) -> SequenceGro
 
 
 def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    """FSDP2 for each block, for the vision tower and for what is left (embeddings, norm, head); sums gradients."""
+    """FSDP2 for each block, for the vision tower and for what is left (embeddings, norm, head); sums gradients.
+
+    Blocks too small to be worth a collective of their own are sharded together with what is left.
+    """
     if layout.mesh is None:
         return
     first = next(network.parameters())
@@ -129,10 +136,10 @@ def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, 
     options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
     text: Any = network.text
     visual: Any = network.visual
-    for block in [*text.layers, *(visual.blocks if visual is not None else ())]:
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    if visual is not None:
-        fully_shard(visual, reshard_after_forward=reshard_after_forward, **options)
+    towers = [] if visual is None else [*visual.blocks, visual]
+    for module in [*text.layers, *towers]:
+        if sum(p.numel() for p in module.parameters()) * compute_dtype.itemsize >= MIN_GROUP_BYTES:
+            fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
     # The root's weights are used at both ends of the pass.
     fully_shard(network, reshard_after_forward=False, **options)
     for module in sharded_modules(network):
@@ -140,6 +147,23 @@ def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, 
         module.set_gradient_divide_factor(1.0)
         if layout.device.type != "cuda":
             module.set_force_sum_reduction_for_comms(True)  # gloo and HCCL have no premultiplied sum
+
+
+def announce_backward(network: Network, layout: Layout, *, last: bool) -> None:
+    """Before each pack's backward pass: whether it is the update's last.
+
+    A model sharded in one piece keeps its weights and gradients whole until then: one gather and one reduction per
+    update. A larger one reduces after every pass, because whole gradients would not fit.
+    """
+    if layout.mesh is None:
+        return
+    root: Any = network
+    root.set_is_last_backward(last)
+    if len(sharded_modules(network)) == 1:
+        root.set_requires_gradient_sync(last)
+        root.set_reshard_after_backward(last)
+    elif layout.replicated:
+        root.set_requires_all_reduce(last)
 
 
 def sharded_modules(network: nn.Module) -> list[FSDPModule]:

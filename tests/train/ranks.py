@@ -33,6 +33,8 @@ class Case:
     export: str = ""
     tokens_per_pack: int = 64
     share_prefix: bool = True
+    min_group_bytes: int = 0
+    """0: FSDP per block, as large models have it; the default value of the code puts these models in one piece."""
 
     def make_batch(self) -> Any:
         return make_batch(**{"images": "none" if self.kind == "text" else "some"} | self.batch)
@@ -44,9 +46,11 @@ class Case:
 
 def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """One step on this rank; what every rank can say about it afterwards."""
+    from dapo.train import parallel
     from dapo.train.fsdp_policy import FsdpPolicy
     from tests.train.reference import run_config
 
+    parallel.MIN_GROUP_BYTES = case.min_group_bytes
     dtype = torch.float64
     config = run_config(case.tree, world_size=world, **case.parallel)
     policy = FsdpPolicy(config, folder, TinyProcessor(case.kind, dtype), rank, world, master_dtype=dtype)

@@ -18,6 +18,8 @@ CASES = {
     "checkpointing": Case("dense", {"model": {"gradient_checkpointing": True}}, batch=BATCH),
     "ulysses": Case("dense", parallel={"sequence_parallel": 2}, batch=BATCH),
     "ulysses moe": Case("moe", {"model": {"gradient_checkpointing": True}}, {"sequence_parallel": 2}, BATCH),
+    "one piece": Case("dense", batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
+    "one piece, hsdp": Case("moe", parallel={"fsdp_size": 1}, batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
     "filler": Case("dense", batch={"groups": 1, "size": 1, "per_update": 1}),
 }
 
