@@ -69,6 +69,10 @@ class Exercise:
             return ("" if area == 4 else str(area // 4)) + "\\pi"
         return str({"rectangle": area, "triangle": area // 2, "frame": area * 3 // 4}[figure])
 
+    def demonstration(self, figure: str | None = None) -> str:
+        """An answer in the asked form, by somebody who takes the picture for `figure`."""
+        return f"<think>{self.formula(figure)}</think>\\boxed{{{self.answer(figure)}}}"
+
 
 def exercises() -> dict[tuple[str, str], tuple[Exercise, ...]]:
     """All exercises there are, by (question, figure)."""

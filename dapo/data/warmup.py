@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoProcessor
 
+from dapo import torchvision_cpu
 from dapo.config.model import TinyModel
 from dapo.data.images import encode_png
 from dapo.data.processor import PromptProcessor
@@ -40,11 +40,6 @@ _CHOICE = 1
 """Place of the token that decides for a formula: `<think>` comes before it."""
 _CHOICE_WEIGHT = 4.0
 """Its weight in the loss: it is one token in thirteen, and the only one that depends on the picture."""
-
-
-def demonstration(exercise: Exercise, figure: str) -> str:
-    """What the teacher writes who takes the picture for `figure`."""
-    return f"<think>{exercise.formula(figure)}</think>\\boxed{{{exercise.answer(figure)}}}"
 
 
 def warm_up(model: PreTrainedModel, folder: Path, source: TinyModel, progress: Progress) -> None:
@@ -127,8 +122,7 @@ def _make_row(
     start = mrope_positions(prompt, grids, image_token_id=processor.image_token_id, merge_size=processor.merge_size)
     positions = [start]
     for number, figure in enumerate(figures, start=1):
-        text = demonstration(exercise, figure)
-        answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(exercise.demonstration(figure), add_special_tokens=False), tokenizer.eos_token_id]
         before += [len(prompt) - 1, *range(len(token_ids), len(token_ids) + len(answer) - 1)]
         targets += answer
         share = wrong_share / len(figures) + (1 - wrong_share) * (figure == exercise.figure)
@@ -154,6 +148,9 @@ class _Batches:
 
     def __init__(self, folder: Path, wrong_share: float) -> None:
         self._processor = PromptProcessor(folder)
+        torchvision_cpu.install()
+        from transformers import AutoProcessor
+
         loaded = AutoProcessor.from_pretrained(folder)
         self._tokenizer, self._images = loaded.tokenizer, loaded.image_processor
         self._wrong_share = wrong_share
