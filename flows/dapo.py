@@ -15,7 +15,6 @@ from typing import Any
 from prefect import Flow, flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 
 from dapo.config import io
 from dapo.config.run import RunConfig
@@ -27,7 +26,7 @@ from tasks.fetch_weights import fetch_weights
 from tasks.find_cluster import find_cluster
 from tasks.prepare_dataset import prepare_dataset
 from tasks.report import report
-from tasks.train import train
+from tasks.train import stopped, train
 from tasks.validate_environment import validate_environment
 
 Overrides = dict[str, Any] | list[str] | None
@@ -88,7 +87,7 @@ def dapo(
     validate_environment(run, "inputs", data, weights, on_cluster=to_train)
     status = train(run, data, weights)
     report(run)
-    return Cancelled(message="stopped with a checkpoint; run again to go on") if status == "stopped" else status
+    return stopped(run) if status == "stopped" else status
 
 
 if __name__ == "__main__":

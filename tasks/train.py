@@ -18,9 +18,11 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
+from prefect.states import Cancelled, State
 
 from dapo.config import io
 from dapo.config.run import RunConfig
+from dapo.errors import TrainingError
 from dapo.observe import manifest
 from dapo.observe.journal import Event, follow
 from dapo.observe.layout import RunFolder
@@ -73,6 +75,23 @@ def train(config: RunConfig, data: str, weights: str) -> str:
         records.finish()
         if not shipper.close():
             log.warning("MLflow has not got everything; the next run of this configuration sends the rest")
+
+
+def stopped(config: RunConfig) -> State[Any]:
+    """Final state of a flow run whose training stopped early: cancelled where somebody asked for it.
+
+    Raises:
+        TrainingError: nobody asked; the controller gave up, and says why.
+    """
+    from dapo.runtime.training import ended
+
+    folder = RunFolder.of(config)
+    end = ended(folder)
+    if end is None:
+        return Cancelled(message="ended before it could save; run again to go on from the last checkpoint")
+    if not folder.stop_request.exists():
+        raise TrainingError(f"training stopped at step {end.step}: {end.data['reason']}. Report: {folder.report}")
+    return Cancelled(message=f"stopped at step {end.step} ({end.data['reason']}); run again to go on")
 
 
 def stop_running_job(config: RunConfig) -> None:

@@ -211,20 +211,21 @@ class TrainingJob:
                 raise TrainingError(f"Ray at {self.cluster.address} did not take the job: {error}") from error
 
 
-def finished(run: RunFolder) -> Event | None:
-    """The last event of a run that reached its configured end; None where it did not."""
+def ended(run: RunFolder) -> Event | None:
+    """The last word of the run's newest attempt; None while it has none."""
     last: Event | None = None
     for event in read(run.journal):
         if event.kind in ("started", "ended"):
             last = event
-    return last if last is not None and last.kind == "ended" and last.data["status"] == "finished" else None
+    return last if last is not None and last.kind == "ended" else None
 
 
 def already_finished(config: RunConfig) -> int | None:
     """The step at which this run reached its configured end and may be taken as done; None where there is work."""
-    end = finished(RunFolder.of(config))
-    done = end is not None and end.step >= config.train.steps and config.train.resume == "auto"
-    return end.step if end is not None and done else None
+    end = ended(RunFolder.of(config))
+    if end is None or end.data["status"] != "finished" or config.train.resume == "never":
+        return None
+    return end.step if end.step >= config.train.steps else None
 
 
 def _last_start(journal: Path) -> int:

@@ -4,6 +4,7 @@
     STANDIN_SECONDS    per step
     STANDIN_DIE_AT     SIGKILL itself at this step, in the first attempt
     STANDIN_FAIL_AT    end as failed at this step, for a lasting reason
+    STANDIN_STARVE_AT  stop by itself before this step, with a checkpoint
 """
 
 import json
@@ -44,6 +45,10 @@ def main() -> int:
         if run.stop_request.exists():
             save(journal, run, step - 1)
             journal.append("ended", step - 1, status="stopped", reason=run.stop_request.read_text().strip())
+            return 0
+        if step == int(os.environ.get("STANDIN_STARVE_AT", "-1")):
+            save(journal, run, step - 1)
+            journal.append("ended", step - 1, status="stopped", reason="dynamic sampling found nothing")
             return 0
         journal.append("progress", step, phase="generate", done=0, total=1)
         time.sleep(float(os.environ.get("STANDIN_SECONDS", "0")))

@@ -114,6 +114,14 @@ def test_failing_job_fails_the_flow_with_one_sentence(root):
         state.result()
 
 
+def test_training_that_gives_up_fails_with_its_reason_and_still_has_a_report(root):
+    config = io.validate(standin_tree(root, "starving", STANDIN_STARVE_AT="3"))
+    state = run(config)
+    with pytest.raises(TrainingError, match=r"stopped at step 2: dynamic sampling found nothing\. Report: "):
+        state.result()
+    assert RunFolder.of(config).report.is_file()
+
+
 def test_recipe_for_npus_is_refused_before_anything_is_fetched(root):
     state = run(io.load("configs/geo3k.yaml", {"run_root": str(root / "runs"), "data.cache_dir": str(root / "cache")}))
     with pytest.raises(EnvironmentCheckError, match=r"device=npu, and this machine has: "):
@@ -173,4 +181,5 @@ def test_cancelled_flow_run_stops_its_job_with_a_checkpoint(root):
     assert state.is_cancelled()
     last = list(read(folder.journal))[-1]
     assert last.data == {"status": "stopped", "reason": "the flow run was cancelled"}
+    assert state.message == f"stopped at step {last.step} (the flow run was cancelled); run again to go on"
     assert folder.checkpoint(last.step).is_dir()

@@ -15,7 +15,7 @@ from dapo.errors import EnvironmentCheckError, TrainingError
 from dapo.observe.layout import RunFolder
 from dapo.runtime import cluster, processes, training
 from dapo.runtime.dashboard import Dashboard, DashboardAway
-from dapo.runtime.training import TrainingJob, finished
+from dapo.runtime.training import TrainingJob, ended
 
 STANDIN = str(Path(__file__).parent / "standin_job.py")
 
@@ -62,7 +62,7 @@ def test_events_are_followed_to_the_end_and_offsets_continue_behind_them(ray, ro
     events = list(job.follow())
     expected = [("validation", 0), ("validation", 2), ("checkpoint", 2), ("validation", 4), ("checkpoint", 4)]
     assert kinds(events) == [*expected, ("ended", 4)]
-    assert finished(run).step == 4
+    assert (ended(run).step, ended(run).data["status"]) == (4, "finished")
     third = events[2][1]
     assert [e for e, _ in events[3:]] == [e for e, _ in job.follow(third)]
     job.keep_output()
