@@ -136,7 +136,12 @@ class Registry:
             if known.tags.get("checkpoint.digest") == tags["checkpoint.digest"]:
                 return known
         made = self.client.create_model_version(
-            self.name, source=f"models:/{model_id}", run_id=run_id or None, tags=dict(tags), description=card
+            self.name,
+            source=f"models:/{model_id}",
+            run_id=run_id or None,
+            tags=dict(tags),
+            description=card,
+            model_id=model_id,  # a server refuses the source without it
         )
         snippet = LOADER.format(tracking_uri=self.uri, name=self.name, version=made.version)
         self.client.set_model_version_tag(self.name, str(made.version), "loader", snippet)

@@ -1,12 +1,10 @@
 """Runs compared from a real MLflow database alone: their folders are removed before they are read."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from dapo.config import io
 from dapo.errors import ConfigError
 from dapo.eval import results
 from dapo.eval.compare import compare, course, differences, equal_points
@@ -15,38 +13,9 @@ from dapo.eval.evaluate import make_folder, measure
 from dapo.eval.models import Model
 from dapo.eval.record import log_evaluation
 from dapo.eval.runs import read_runs
-from dapo.observe import manifest
-from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
-from dapo.observe.shipper import Shipper, connect, tracking_uri
-from tests.eval.verdicts import many
+from dapo.observe.shipper import connect, tracking_uri
+from tests.eval.remembered import make_run
 from tests.records import group
-
-
-def make_run(root, name, *, steps, gain, seconds, responses, right, **tree):
-    """A run whose validation accuracy rises by `gain` a step from 0.5, in MLflow and nowhere else."""
-    config = io.validate({"name": name, "run_root": str(root / "runs"), **tree})
-    folder = RunFolder.of(config)
-    folder.root.mkdir(parents=True)
-    io.save(config, folder.config)
-    manifest.write(folder, root, root)
-    journal = Journal(folder.journal)
-    journal.append("started", 0, run_id=folder.id, attempt=1, total_steps=steps, derived={})
-    for step in range(steps + 1):
-        if step:
-            metrics = {"time/step": seconds, "groups/responses_total": responses * step, "train/entropy": 1 / step}
-            journal.append("step", step, metrics=metrics, seconds_left=0.0)
-        table = folder.validation_table(step)
-        table.parent.mkdir(exist_ok=True)
-        table.write_text("")
-        folder.validation_results(step).write_text(results.to_lines(many(100, right)))
-        accuracy = {"val/accuracy": 0.5 + gain * step, "val/slice/half:even/accuracy": 0.5}
-        journal.append("validation", step, metrics=accuracy, table=str(table.relative_to(folder.root)), best=True)
-    journal.append("ended", steps, status="finished", reason="done")
-    shipper = Shipper(folder, config)
-    shipper.ship()
-    shutil.rmtree(folder.root)
-    return config, shipper.run_id
 
 
 @pytest.fixture(scope="module")

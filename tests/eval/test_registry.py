@@ -15,22 +15,12 @@ from dapo.observe.layout import REGISTERED
 from dapo.observe.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from dapo.observe.shipper import Shipper, tracking_uri
 from dapo.runtime import checkpoints
+from tests.eval.remembered import save_checkpoint
 from tests.eval.verdicts import many
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
 
 NAME = "dapo-figures"
-
-
-def save_checkpoint(folder, step, accuracy, weights):
-    """A checkpoint as the job writes it, with a word for weights."""
-
-    def fill(path: Path) -> None:
-        (path / "hf").mkdir()
-        (path / "hf" / "config.json").write_text("{}")
-        (path / "hf" / "model.safetensors").write_text(weights)
-
-    return checkpoints.write(folder, step, {}, {"val/accuracy": accuracy}, fill)
 
 
 @pytest.fixture(scope="module")
