@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from dapo.errors import CheckpointError
 from dapo.train.parallel import Layout
@@ -20,18 +23,69 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FAILURES = (Exception, CheckpointException)  # the latter is a BaseException
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int, layout: Layout) -> None:
-    """Weights, moments, update count and this rank's RNG.
+class Saver:
+    """Writes states one at a time; training may go on while one is written.
 
-    Raises:
-        CheckpointError: the folder cannot be written (for example a full disk); it is then not a checkpoint.
+    Collective: every rank makes the same calls in the same order.
     """
-    state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(layout)
-    try:
-        with _quiet():
-            dcp.save(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
-    except _FAILURES as error:
-        raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._group: Any = None
+        self._pending: tuple[Thread, list[CheckpointError]] | None = None
+
+    def save(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int, *, background: bool = False
+    ) -> None:
+        """Weights, moments, update count and this rank's RNG.
+
+        Args:
+            background: return as soon as everything is copied to host memory; `finish` says how it ended.
+
+        Raises:
+            CheckpointError: the folder cannot be written (for example a full disk), or the state before could not be;
+                the folder is then not a checkpoint.
+        """
+        self.finish()
+        state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._layout)
+        if not background:
+            self._write(folder, state, None)
+            return
+        if self._layout.mesh is not None and self._group is None:
+            # Its collectives run beside the training's, so they need a group of their own.
+            self._group = dist.new_group(backend="gloo")
+        copies = {name: _host_copy(tensor) for name, tensor in state.items()}
+        errors: list[CheckpointError] = []
+
+        def write() -> None:
+            try:
+                self._write(folder, copies, self._group)
+            except CheckpointError as error:
+                errors.append(error)
+
+        thread = Thread(target=write, name="checkpoint", daemon=True)
+        self._pending = thread, errors
+        thread.start()
+
+    def finish(self) -> None:
+        """Wait until what is being written is whole.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is not None:
+            thread, errors = self._pending
+            self._pending = None
+            thread.join()
+            if errors:
+                raise errors[0]
+
+    def _write(self, folder: Path, state: dict[str, Any], group: Any) -> None:
+        try:
+            with _quiet():
+                dcp.save(state, checkpoint_id=str(folder), process_group=group, no_dist=self._layout.mesh is None)
+        except _FAILURES as error:
+            raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 
 
 def load(
@@ -93,6 +147,15 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
         for part, tensor in optimizer.state.get(parameter, {}).items():
             state[f"optimizer/{name}/{part}"] = tensor
     return state
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    local = tensor.detach().to_local().to("cpu", copy=True)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _rng_state(layout: Layout) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class FsdpPolicy:
         """Optimiser updates made so far in the run."""
         self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
         self.collate.always_see = self.layout.mesh is not None
+        self.saver = checkpoint.Saver(self.layout)
         self._reference: Network | None = None
         self._plan: PackPlan | None = None
         self._old: dict[tuple[int, int], Tensor] = {}
@@ -226,9 +227,24 @@ class FsdpPolicy:
         """Float64 sum of absolute values of each of `named_weights`; collective."""
         return weights.fingerprint(self.network.model, self.compute_dtype, self.layout)
 
-    def save(self, folder: Path) -> None:
-        """Sharded weights, optimiser state, update count and every rank's RNG into an existing folder; collective."""
-        checkpoint.save(folder, self.network.model, self.optimizer, self.updates, self.layout)
+    def save(self, folder: Path, *, background: bool = False) -> None:
+        """Sharded weights, optimiser state, update count and every rank's RNG into an existing folder; collective.
+
+        Args:
+            background: wait only until all is copied to host memory. The folder is whole after `finish_save`.
+
+        Raises:
+            CheckpointError: it could not be written; the folder is not a checkpoint then.
+        """
+        self.saver.save(folder, self.network.model, self.optimizer, self.updates, background=background)
+
+    def finish_save(self) -> None:
+        """Wait for a `save` in the background.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.saver.finish()
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, whatever number of ranks wrote it; collective.
@@ -236,6 +252,7 @@ class FsdpPolicy:
         Raises:
             CheckpointError: not a whole checkpoint of this model.
         """
+        self.saver.finish()
         self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self._moments_home, self.layout)
         self._plan, self._old, self._ref = None, {}, {}
 
@@ -244,6 +261,8 @@ class FsdpPolicy:
         export.export(folder, self.folder, self.network, self.compute_dtype, self.layout)
 
     def close(self) -> None:
+        """Finish what is being written and leave the process group."""
+        self.saver.finish()
         parallel.leave()
 
 

@@ -1,6 +1,7 @@
 """One process: the packed policy against plain transformers, its state, its export, and what it refuses."""
 
 import dataclasses
+import resource
 
 import pytest
 import torch
@@ -220,6 +221,36 @@ def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"could not be written .*rank 0: NotADirectoryError"):
         policy.save(tmp_path / "file" / "state")
+
+
+def test_a_state_written_in_the_background_is_that_of_the_call(tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    step(policy, make_batch())
+    before = weights_of(policy)
+    (tmp_path / "state").mkdir()
+    policy.save(tmp_path / "state", background=True)
+    step(policy, make_batch(seed=1))
+    policy.finish_save()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
+    policy.load(tmp_path / "state")
+    assert policy.updates == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
+
+
+def test_a_full_disk_in_the_background_is_reported_when_it_is_asked_for(tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    (tmp_path / "state").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a file may not grow beyond: like a disk that is full
+    try:
+        policy.save(tmp_path / "state", background=True)
+        with pytest.raises(CheckpointError, match=r"could not be written to .*File too large"):
+            policy.finish_save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    policy.finish_save()  # said once
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        policy.load(tmp_path / "state")
 
 
 @pytest.mark.parametrize("tied", [False, True])
