@@ -39,7 +39,7 @@ class TinyModel(Frozen):
     warmup_batch: Count = 64
     """Demonstrations per supervised step."""
     warmup_lr: Annotated[float, Field(gt=0)] = 2e-3
-    wrong_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    wrong_share: Annotated[float, Field(ge=0, lt=1)] = 0.7
     """Share of demonstrations that use a formula chosen regardless of the figure: what there is to learn."""
     seed: int = 0
 
