@@ -153,10 +153,7 @@ class CudaKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         offsets_q, offsets_k = problem.offsets(q.device)
         # Without dropout the random state is never read, but the operator wants tensors.
-        no_rng = (
-            torch.zeros(2, dtype=torch.uint64, device=q.device),
-            torch.empty(0, dtype=torch.uint64, device=q.device),
-        )
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             grad,
             q,
