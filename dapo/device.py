@@ -87,12 +87,12 @@ def memory_gib(device: torch.device) -> dict[str, float]:
         page = os.sysconf("SC_PAGE_SIZE")
         with open("/proc/self/statm") as statm:
             resident = int(statm.read().split()[1]) * page
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # The kernel's peak lags a little behind what is resident.
+        peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
-        # The kernel keeps the peak a little behind.
         return {
             "allocated": resident / gib,
-            "peak": max(peak, resident) / gib,
+            "peak": peak / gib,
             "free": free / gib,
             "total": total / gib,
         }
