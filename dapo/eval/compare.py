@@ -206,7 +206,7 @@ def _pair(baseline: RunRecord, run: RunRecord) -> Pair:
         if ours.asked == theirs.asked and ours.by_prompt.keys() == theirs.by_prompt.keys()
     ]
     if not common:
-        return Pair(run.name, "no prompts in common: evaluate both with the same data and decoding", 0, None, ())
+        return Pair(run.name, _why_no_pair(baseline, run), 0, None, ())
     ours, theirs = max(common, key=lambda pair: _answers(pair[0]))
     left, right = accuracies(ours.by_prompt), accuracies(theirs.by_prompt)
     both = left.keys() & right.keys()
@@ -220,6 +220,16 @@ def _pair(baseline: RunRecord, run: RunRecord) -> Pair:
             parts.append(SlicePair(tag, len(shared), *mean, paired_difference(a, b)))
     whole = paired_difference({p: left[p] for p in both}, {p: right[p] for p in both})
     return Pair(run.name, f"{ours.where} against {theirs.where}", len(both), whole, tuple(parts))
+
+
+def _why_no_pair(baseline: RunRecord, run: RunRecord) -> str:
+    if not run.verdicts or not baseline.verdicts:
+        which = " and ".join(r.name for r in (baseline, run) if not r.verdicts)
+        return f"no verdicts by prompt of {which}: evaluate both"
+    asked = [{prompt for verdicts in r.verdicts for prompt in verdicts.by_prompt} for r in (baseline, run)]
+    if asked[0] & asked[1]:
+        return "the same prompts, but asked or judged in another way, or by other code: evaluate both again"
+    return "no prompts in common: evaluate both with the same data and decoding"
 
 
 def _answers(verdicts: Verdicts) -> int:

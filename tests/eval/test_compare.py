@@ -102,7 +102,7 @@ def test_other_questions_are_not_paired(world, tmp_path):
     )
     [pair] = compare(read_runs(client, ["slow", other.name])).pairs
     assert pair.difference is None
-    assert "evaluate both with the same data and decoding" in pair.where
+    assert "the same prompts, but asked or judged in another way" in pair.where
 
 
 def test_an_evaluation_belongs_to_its_run_and_is_logged_once(world):

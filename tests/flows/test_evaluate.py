@@ -1,0 +1,75 @@
+"""The flows `evaluate` and `compare` through Prefect's engine, with a real engine and a model of random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dapo.config import io
+from dapo.errors import ConfigError
+from dapo.eval.evaluate import EvaluationFolder
+from dapo.observe.shipper import connect, tracking_uri
+from dapo.runtime import cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_api")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    config = io.validate(
+        {
+            "name": "letters",
+            "device": "cpu",
+            "run_root": str(root / "runs"),
+            "data": {
+                "source": {"kind": "synthetic", "train": 8, "validation": 8, "test": 8},
+                "instruction": "",
+                "max_prompt_tokens": 64,
+                "cache_dir": str(root / "cache"),
+            },
+            "model": {"source": {"kind": "tiny", "warmup_steps": 0}, "compute_dtype": "float32"},
+            "batch": {"max_response_tokens": 6, "tokens_per_pack": 2048},
+            "reward": {"function": "tests.flows.easy_reward:begins_with_a_letter"},
+            "validation": {"samples": 2, "top_p": 1.0},
+        }
+    )
+    yield config
+    assert cluster.stop_local(config) == []
+
+
+def evaluate(config, **options):
+    from flows.evaluate import evaluate as flow
+
+    return EvaluationFolder(Path(flow(config=config, **options)))
+
+
+def test_two_evaluations_are_recorded_and_compared(config):
+    from flows.compare import compare
+
+    one, other = evaluate(config), evaluate(config, overrides={"seed": 7})
+    assert one.root != other.root
+    client = connect(tracking_uri(config))
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`dapo.kind` = 'evaluation'")
+    assert {run.data.tags["dapo.evaluation"] for run in runs} == {one.id, other.id}
+    assert {run.data.tags["dapo.model"] for run in runs} == {"base"}
+    accuracy = one.read_metrics()["metrics"]["val/accuracy"]
+    assert accuracy in [run.data.metrics["val/accuracy"] for run in runs]
+
+    page = compare([run.info.run_id for run in runs], tracking_uri(config), config.run_root)
+    assert "8</td>" in Path(page).read_text()
+    with pytest.raises(ConfigError, match="at least two runs, got 1"):
+        compare(["one"], tracking_uri(config), config.run_root)
+
+
+def test_several_devices_answer_as_one_does(config):
+    """On a Ray of our own, with two workers; sampling depends on (seed, prompt, sample) alone."""
+    two = evaluate(io.override(config, {"model.parallel.world_size": 2, "name": "two", "seed": 3}))
+    one = evaluate(io.override(config, {"name": "one", "seed": 3}), data=two.read_inputs()["data"])
+    assert two.root == one.root, "how many devices measure is no part of the question"
+    again = json.loads(two.metrics.read_text())
+    for path in (one.metrics, one.answers, one.results):
+        path.unlink()
+    alone = evaluate(io.override(config, {"name": "one", "seed": 3}))
+    assert alone.root == two.root
+    assert alone.read_metrics()["estimates"] == again["estimates"]
