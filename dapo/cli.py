@@ -113,7 +113,8 @@ def _run(arguments: argparse.Namespace) -> int:
         view = LiveView(console, folder, config)
         view.start()
         try:
-            status = run_here(config, {"config_path": arguments.config, "overrides": arguments.overrides}, view.stage)
+            # Read once: the file may be edited while the server starts.
+            status = run_here(config, {"config_path": arguments.config, "config": config}, view.stage)
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last checkpoint", markup=False)
             raise
