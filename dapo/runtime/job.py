@@ -59,8 +59,6 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     inputs = json.loads(folder.inputs.read_text())
     data, weights = Path(inputs["data"]), Path(inputs["weights"])
     attempt = 1 + sum(event.kind == "started" for event in read(folder.journal))
-    # A stop request that ended an earlier attempt must not stop this one.
-    folder.stop_request.unlink(missing_ok=True)
     journal.append(
         "started",
         _last_step(folder),
