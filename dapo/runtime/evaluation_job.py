@@ -127,7 +127,7 @@ def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Gen
     """The engine in this process, or the workers of a cluster."""
     if not on_ray(config):
         from dapo import device
-        from dapo.rollout.checks import make_engine
+        from dapo.rollout.choice import make_engine
 
         engine = make_engine(config, weights, processor, device.torch_device(device.resolve(config.device)))
         yield engine.generate

@@ -40,7 +40,7 @@ class Worker:
         """Join the process group, load the weights, start the engine."""
         torchvision_cpu.install()  # before the imports below bring in transformers
         from dapo.data.processor import PromptProcessor
-        from dapo.rollout.checks import make_engine
+        from dapo.rollout.choice import make_engine
         from dapo.train.fsdp_policy import FsdpPolicy
 
         host, _, port = rendezvous.rpartition(":")

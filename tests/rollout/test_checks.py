@@ -13,11 +13,10 @@ from dapo.errors import ConfigError, EngineError
 from dapo.rollout.checks import (
     check_completion,
     check_probe,
-    choose_engine,
     compare_fingerprints,
-    make_engine,
     probe_gap,
 )
+from dapo.rollout.choice import choose_engine, make_engine
 from dapo.types import Completion, FinishReason
 
 
