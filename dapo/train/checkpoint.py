@@ -152,7 +152,7 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
 def _host_copy(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
-    local = tensor.detach().to_local().to("cpu", copy=True)
+    local = tensor.to_local().detach().to("cpu", copy=True)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Case:
     export: str = ""
     tokens_per_pack: int = 64
     share_prefix: bool = True
+    dtype: torch.dtype = torch.float64
+    """Of the master weights."""
     min_group_bytes: int = 0
     """0: FSDP per block, as large models have it; the default value of the code puts these models in one piece."""
 
@@ -51,16 +54,15 @@ def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1
     from tests.train.reference import run_config
 
     parallel.MIN_GROUP_BYTES = case.min_group_bytes
-    dtype = torch.float64
     config = run_config(case.tree, world_size=world, **case.parallel)
-    policy = FsdpPolicy(config, folder, TinyProcessor(case.kind, dtype), rank, world, master_dtype=dtype)
+    policy = FsdpPolicy(config, folder, TinyProcessor(case.kind, case.dtype), rank, world, master_dtype=case.dtype)
     if case.load:
         policy.load(root / case.load)
     batch = case.make_batch()
     plan = plan_packs(
         batch, ranks=config.data_parallel, tokens_per_pack=case.tokens_per_pack, share_prefix=case.share_prefix
     )
-    with exact_float64():
+    with exact_float64() if case.dtype == torch.float64 else contextlib.nullcontext():
         old = policy.old_logprobs(batch, plan)
         updates = [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
     if case.save:

@@ -20,6 +20,7 @@ CASES = {
     "ulysses moe": Case("moe", {"model": {"gradient_checkpointing": True}}, {"sequence_parallel": 2}, BATCH),
     "one piece": Case("dense", batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
     "one piece, hsdp": Case("moe", parallel={"fsdp_size": 1}, batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
+    "bfloat16": Case("dense", {"model": {"compute_dtype": "bfloat16"}}, batch=BATCH, dtype=torch.float32),
     "filler": Case("dense", batch={"groups": 1, "size": 1, "per_update": 1}),
 }
 
@@ -34,7 +35,7 @@ def results(root):
     return run_ranks(2, CASES, root)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load and name != "bfloat16"])
 def test_two_ranks_equal_plain_transformers_in_one_process(name, results, root):
     case = CASES[name]
     expected, weights = reference_run(case.make_folder(root), case.kind, case.make_batch(), run_config())
@@ -51,7 +52,13 @@ def test_all_ranks_agree_on_metrics_and_fingerprint(results):
         assert first["updates"] == second["updates"]
         assert first["fingerprint"] == second["fingerprint"]
         for name, total in first["fingerprint"].items():
-            assert total == pytest.approx(float(first["weights"][name].abs().sum()), rel=1e-12)
+            assert total == pytest.approx(float(first["weights"][name].double().abs().sum()), rel=1e-12)
+
+
+def test_weights_are_handed_over_in_the_compute_dtype(results):
+    for first, second in zip(*(r["weights"].values() for r in results["bfloat16"]), strict=True):
+        assert first.dtype == torch.bfloat16
+        assert torch.equal(first, second)
 
 
 def test_each_sequences_old_logprobs_come_from_one_rank(results):
