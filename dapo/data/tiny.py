@@ -233,15 +233,16 @@ def _make_tokenizer() -> Any:
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
-    if not model.config.model_type.endswith("moe"):
-        return
-    # On the hub experts lie transposed to what transformers 5 writes; vLLM reads only that layout, transformers both.
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
-    experts = ("experts.gate_up_proj", "experts.down_proj")
-    tensors = {
-        name: tensor.transpose(1, 2).contiguous() if name.endswith(experts) else tensor
-        for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
+    if model.config.model_type.endswith("moe"):
+        # On the hub experts lie transposed to what transformers 5 writes; vLLM reads only that layout, transformers both.
+        from safetensors.torch import load_file, save_file
+
+        experts = ("experts.gate_up_proj", "experts.down_proj")
+        tensors = {
+            name: tensor.transpose(1, 2).contiguous() if name.endswith(experts) else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read; the cache is shared.
+    path.chmod((folder / "config.json").stat().st_mode & 0o777)

@@ -78,6 +78,11 @@ def test_think_tags_survive_decoding_without_control_tokens(dense: Path) -> None
     assert text == "<think>\\pi/4*6*4</think>\\boxed{6\\pi}"
 
 
+def test_whoever_can_read_the_configuration_can_read_the_weights(dense: Path, moe: Path) -> None:
+    for folder in (dense, moe):
+        assert len({(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
+
+
 def test_experts_lie_on_disk_as_on_the_hub_and_load_as_they_were(moe: Path) -> None:
     stored = load_file(moe / "model.safetensors")
     model = AutoModelForImageTextToText.from_pretrained(moe, dtype=torch.float32)
