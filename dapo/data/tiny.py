@@ -235,7 +235,7 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
     if model.config.model_type.endswith("moe"):
-        # On the hub experts lie transposed to what transformers 5 writes; vLLM reads only that layout, transformers both.
+        # On the hub experts lie transposed to what transformers 5 writes; vLLM reads only that, transformers both.
         from safetensors.torch import load_file, save_file
 
         experts = ("experts.gate_up_proj", "experts.down_proj")
