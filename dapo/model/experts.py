@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dapo.model.linear import _Linear, uses_onednn
+from dapo.model.linear import _Linear, rounded_rows, uses_onednn
 
 EXPERTS = {"cpu": "dapo_loop", "cuda": "grouped_mm", "npu": "dapo_npu"}
 """Name in the registry per kind of device."""
 
 
 def loop_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """One pair of matrix products per expert that has tokens.
+    """One pair of matrix products per expert that has tokens; for CPU.
 
     Args:
         module: with `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I] and `_apply_gate`.
@@ -31,16 +31,18 @@ def loop_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_w
     """
     experts: Any = module
     tokens, choices = top_k_index.shape
-    order = top_k_index.flatten().argsort(stable=True)
-    counts = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).tolist()
-    rows = hidden.index_select(0, order // choices).split(counts)
+    chosen_experts, order = top_k_index.flatten().sort(stable=True)
+    counts = torch.bincount(chosen_experts, minlength=experts.num_experts)
+    room = torch.tensor([rounded_rows(n, hidden) for n in counts.tolist()])
+    # Where each choice lies when every expert has a round number of rows; what is left over computes token 0 unused.
+    place = torch.arange(len(order)) + ((room.cumsum(0) - room) - (counts.cumsum(0) - counts))[chosen_experts]
+    source = torch.zeros(int(room.sum()), dtype=torch.long).index_copy_(0, place, order // choices)
     outputs = []
-    for expert, part in enumerate(rows):
-        if counts[expert]:
+    for expert, part in enumerate(hidden.index_select(0, source).split(room.tolist())):
+        if len(part):
             inner = experts._apply_gate(_linear(part, experts.gate_up_proj[expert]))
             outputs.append(_linear(inner, experts.down_proj[expert]))
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
+    back = torch.empty_like(order).index_copy_(0, order, place)
     chosen = torch.cat(outputs).index_select(0, back).view(tokens, choices, -1)
     return (chosen * top_k_weights[..., None].to(chosen.dtype)).sum(1)
 

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+ROWS = 64
+"""oneDNN compiles a kernel for every number of rows it meets, about a millisecond each: row counts are rounded up."""
+
+
+def rounded_rows(rows: int, like: Tensor) -> int:
+    """The number of rows to compute instead of `rows`, for products with this tensor."""
+    return -(-rows // ROWS) * ROWS if uses_onednn(like) else rows
+
 
 def uses_onednn(x: Tensor) -> bool:
     """Whether this tensor's products go through oneDNN."""

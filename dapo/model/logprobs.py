@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from dapo.model.linear import product
+from dapo.model.linear import product, rounded_rows
 
 TILE = 2**22
 """Logits alive at a time: 16 MiB in float32."""
@@ -41,8 +42,13 @@ def token_logprobs(
     Returns:
         Log-probabilities and entropies [N], nats, float32 or wider, both with gradient.
     """
-    out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, weight, targets, temperature, banned, tile)
-    return out
+    tokens = len(targets)
+    missing = rounded_rows(tokens, hidden) - tokens
+    if missing:
+        hidden, targets = functional.pad(hidden, (0, 0, 0, missing)), functional.pad(targets, (0, missing))
+    logprobs, entropy = _TokenLogProbs.apply(hidden, weight, targets, temperature, banned, tile)
+    # No views: FSDP puts its backward hooks on what leaves the network.
+    return (logprobs[:tokens].clone(), entropy[:tokens].clone()) if missing else (logprobs, entropy)
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dapo.model.layout import PackLayout
+from dapo.model.linear import rounded_rows
 from dapo.model.network import Network, PackInputs
 from dapo.model.rope import image_token_index, mrope_positions
 from dapo.model.ulysses import SequenceGroup
@@ -65,6 +66,7 @@ class Collator:
         self.always_see = False
         """Sharded ranks run the vision tower on every pack, with a blank image if need be: gathering its weights
         needs all of them, and a tower that only some ranks run would hang or crash the others."""
+        self._like = torch.empty(0, device=device, dtype=dtype)
         self._positions: dict[int, Tensor] = {}
         self._batch: TrainBatch | None = None
 
@@ -85,8 +87,16 @@ class Collator:
         sequences: list[tuple[int, int]] = []
         lengths: list[int] = []
         inputs: list[tuple[int, ...]] = []
+        # A few tokens that belong to nobody, behind the prompts: a round number of rows is computed faster.
+        written = sum(
+            len(batch.groups[s.group].sequences[i].response_ids) - 1 for s in pack.segments for i in s.sequences
+        )
+        tokens = len(token_ids) + written
+        padding = rounded_rows(tokens, self._like) - tokens
+        token_ids.extend([0] * padding)
+        positions.append(torch.arange(padding).expand(3, -1))
         prompt_end, at = 0, len(token_ids)
-        for segment, prompt, where in zip(pack.segments, prompts, list(positions), strict=True):
+        for segment, prompt, where in zip(pack.segments, prompts, positions[: len(prompts)], strict=True):
             prompt_end += len(prompt.token_ids)
             start, inside = int(where.max()) + 1, []
             for index in segment.sequences:
@@ -109,7 +119,10 @@ class Collator:
         lengths_S = torch.tensor(lengths)
         sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths_S)
         vision, image_index = self._vision(prompts)
-        layout = PackLayout(tuple(len(p.token_ids) for p in prompts), tuple(inputs))
+        lengths_P = tuple(len(p.token_ids) for p in prompts)
+        layout = PackLayout(
+            (*lengths_P, padding) if padding else lengths_P, (*inputs, ()) if padding else tuple(inputs)
+        )
         here = self.device
         whole = PackInputs(
             torch.tensor(token_ids),
