@@ -136,7 +136,7 @@ def _follow(job: Any, records: _Records, log: Any) -> str:
     """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
     stream = LogStream(records.folder.job_log, log)
     stop = _Stop(job)
-    with CancelWatcher(flow_run.id) as watch:
+    with CancelWatcher(flow_run.id, flow_run.parent_flow_run_id) as watch:
 
         def idle() -> None:
             stream.pump()

@@ -19,12 +19,13 @@ class CancelWatcher:
     """Asks for our own flow run's state: the worker's way to tell us is lost when worker or server die in between.
 
     Args:
-        flow_run_id: None outside of a flow: then nothing is ever cancelled.
+        flow_run_ids: ours and our parent's, which is the one a user cancels; None where there is no such run, and
+            without any nothing is ever cancelled.
         every_s: seconds between two questions.
     """
 
-    def __init__(self, flow_run_id: str | None, every_s: float = 5.0) -> None:
-        self.flow_run_id, self.every_s = flow_run_id, every_s
+    def __init__(self, *flow_run_ids: str | None, every_s: float = 5.0) -> None:
+        self.flow_run_ids, self.every_s = [UUID(one) for one in flow_run_ids if one], every_s
         self.cancelled = threading.Event()
         self._end = threading.Event()
         # Prefect keeps its settings in the context, which a thread does not take over by itself.
@@ -32,7 +33,7 @@ class CancelWatcher:
         self._thread = threading.Thread(target=context.run, args=(self._loop,), daemon=True, name="cancel-watcher")
 
     def __enter__(self) -> CancelWatcher:
-        if self.flow_run_id:
+        if self.flow_run_ids:
             self._thread.start()
         return self
 
@@ -40,16 +41,16 @@ class CancelWatcher:
         self._end.set()
 
     def ask(self, client: Any = None) -> bool:
-        """Whether the flow run is cancelled or about to be; raises what the client raises."""
+        """Whether one of the flow runs is cancelled or about to be; raises what the client raises."""
         from prefect.client.orchestration import get_client
 
-        if not self.flow_run_id:
+        if not self.flow_run_ids:
             return False
         if client is None:
             with get_client(sync_client=True) as client:
                 return self.ask(client)
-        state = client.read_flow_run(UUID(self.flow_run_id)).state
-        return state is not None and state.type.value in ("CANCELLING", "CANCELLED")
+        states = [client.read_flow_run(one).state for one in self.flow_run_ids]
+        return any(state is not None and state.type.value in ("CANCELLING", "CANCELLED") for state in states)
 
     def _loop(self) -> None:
         from prefect.client.orchestration import get_client

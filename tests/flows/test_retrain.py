@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -134,6 +135,32 @@ def test_nobody_s_word_keeps_the_champion():
     state = ask(return_state=True)
     assert state.is_completed()
     assert state.result()["reasons"] == ["nobody approved within 0.000277778 hours"]
+
+
+def test_a_training_notices_that_the_retraining_round_it_was_cancelled():
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+    from prefect.states import Cancelling, Running
+
+    from tasks.watch import CancelWatcher
+
+    @flow
+    def inner():
+        parent = UUID(flow_run.parent_flow_run_id)
+        watch = CancelWatcher(flow_run.id, flow_run.parent_flow_run_id)
+        with get_client(sync_client=True) as client:
+            before = watch.ask(client)
+            client.set_flow_run_state(parent, Cancelling(), force=True)
+            after = watch.ask(client)
+            client.set_flow_run_state(parent, Running(), force=True)
+        return before, after
+
+    @flow
+    def outer():
+        return inner()
+
+    assert outer() == (False, True)
 
 
 def say_no():
