@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dapo.model import attention_split
+from dapo.model.linear import ROWS
 from dapo.model.load import load_model
 from dapo.model.network import Network
 from dapo.plan.packing import plan_packs
@@ -76,6 +77,33 @@ def test_shared_prefix_gradients_equal_separate_sequences(kind, kernel, tmp_path
             assert parameter.grad is None
         else:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+def test_float32_packs_with_rounded_rows_equal_separate_sequences(kind, tmp_path):
+    """Float32 goes through oneDNN with row counts rounded up; float64 above does not."""
+    folder = make_folder(tmp_path, kind)
+    network = Network(load_model(folder, device=CPU), TEMPERATURE, banned_mask())
+    processor, plain = TinyProcessor(kind), plain_model(folder, kind, torch.float32)
+    batch = make_batch(groups=3, per_update=3, images="none" if kind == "text" else "all")
+    (pack,) = plan_packs(batch, ranks=1, tokens_per_pack=500).updates[0][0]
+    inputs, targets = Collator(processor, network, CPU, torch.float32)(batch, pack)
+    assert len(inputs.token_ids) % ROWS == 0 or not torch.backends.mkldnn.is_available()
+    logprobs, _ = network(inputs)
+    separate = torch.cat(
+        [
+            plain_logprobs(plain, processor, batch.groups[g].prompt, batch.groups[g].sequences[s].response_ids)
+            for g, s in targets.sequences
+        ]
+    )
+    torch.testing.assert_close(logprobs, separate, rtol=0, atol=1e-5)
+    pull = torch.linspace(-1, 1, len(logprobs))
+    (logprobs * pull).sum().backward()
+    (separate * pull).sum().backward()
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    for name, parameter in network.model.named_parameters():
+        scale = max(1.0, float(expected[name].abs().max()))
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=2e-5 * scale, msg=name)
 
 
 def test_a_placeholder_inside_a_response_is_read_as_text(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dapo.errors import CheckpointError, ConfigError
-from dapo.model.experts import router_metrics
 from dapo.plan.packing import plan_packs
 from dapo.train import optim
 from dapo.train.fsdp_policy import FsdpPolicy
@@ -150,11 +149,6 @@ def test_router_load_is_reported_for_a_moe_and_only_for_one(tmp_path):
     assert all(0.0 <= metrics["router_idle"] < 1.0 for metrics in moe)
     dense = step(make_policy(make_folder(tmp_path / "dense", "dense")), make_batch())
     assert not any("router_max_load" in metrics for metrics in dense)
-
-
-def test_router_metrics_by_hand():
-    counts = torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    assert router_metrics(counts) == {"router_max_load": 2.5, "router_idle": 3 / 8}
 
 
 def test_warm_up_counts_updates():
