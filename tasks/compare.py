@@ -9,9 +9,10 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks.progress import artifact_key, best_effort
+from tasks.retry import may_pass
 
 
-@task(retries=2, retry_delay_seconds=30, cache_policy=NO_CACHE, persist_result=False)
+@task(retries=2, retry_delay_seconds=30, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
 def compare(runs: list[str], tracking_uri: str, page: str) -> str:
     """Absolute path of the page.
 

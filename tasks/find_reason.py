@@ -8,9 +8,10 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
+from tasks.retry import may_pass
 
 
-@task(retries=2, retry_delay_seconds=30, cache_policy=NO_CACHE, persist_result=False)
+@task(retries=2, retry_delay_seconds=30, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
 def find_reason(config: RunConfig, because: str) -> tuple[bool, str, int | None]:
     """Whether to train, why (not), and the champion's version (None: there is none).
 

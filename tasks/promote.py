@@ -12,9 +12,10 @@ from prefect.events import emit_event
 
 from dapo.config.run import RunConfig
 from tasks.progress import best_effort
+from tasks.retry import may_pass
 
 
-@task(retries=3, retry_delay_seconds=30, cache_policy=NO_CACHE, persist_result=False)
+@task(retries=3, retry_delay_seconds=30, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
 def promote(config: RunConfig, challenger: int, champion: int | None, decision: Mapping[str, Any]) -> str:
     """The decision's file. Safe to repeat.
 

@@ -73,3 +73,11 @@ def test_several_devices_answer_as_one_does(config):
     alone = evaluate(io.override(config, {"name": "one", "seed": 3}))
     assert alone.root == two.root
     assert alone.read_metrics()["estimates"] == again["estimates"]
+
+
+def test_a_lasting_failure_is_not_tried_again(config, capsys):
+    from flows.compare import compare
+
+    with pytest.raises(ConfigError, match="is no run in this MLflow store"):
+        compare(["neither", "nor"], tracking_uri(config), config.run_root)
+    assert "Retry" not in capsys.readouterr().err
