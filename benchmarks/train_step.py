@@ -278,7 +278,10 @@ def report(batch: TrainBatch, pairs: list[Any], adds: float, rate: float, memory
         f"{memory['full_logits_mib']:.0f} MiB that the logits alone would take"
     )
     if args.json:
-        args.json.write_text(json.dumps(result | {"command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]])}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(result | {"command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]])}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
