@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +22,12 @@ from pydantic import TypeAdapter
 from dapo import errors
 from dapo.config.data import DataConfig
 from dapo.config.model import ModelSource
+from dapo.data.storage import Progress
 from dapo.errors import DapoError
 from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.leash import end_with_parent
 
 Kind = Literal["data", "weights"]
-Progress = Callable[[int, int, str], None]
 
 _TOLD_EVERY_S = 0.5
 

@@ -9,19 +9,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo import torchvision_cpu
 from dapo.config.model import TinyModel
 from dapo.data import synthetic
+from dapo.data.storage import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, a few words about how it goes)."""
 
 PATCH_PIXELS, MERGE = 8, 2
 _CONTROL = (

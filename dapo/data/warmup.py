@@ -33,7 +33,7 @@ from dapo.model.rope import mrope_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dapo.data.tiny import Progress
+    from dapo.data.storage import Progress
 
 
 _CHOICE = 1
