@@ -93,6 +93,19 @@ def test_stored_old_logprobs_of_the_first_update_also_give_a_ratio_of_exactly_on
     assert policy.update(batch, plan, 0).metrics["max_ratio_error"] == 0.0
 
 
+def test_a_probe_of_the_current_weights_covers_all_sequences_and_leaves_the_step_alone(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    batch = make_batch()
+    plan = plan_of(batch)
+    policy.old_logprobs(batch, plan)
+    policy.update(batch, plan, 0)
+    probe = policy.logprobs(batch, plan).values
+    lengths = [[len(values) for values in group] for group in probe]
+    assert lengths == [[len(s.response_ids) for s in group.sequences] for group in batch.groups]
+    second = policy.update(batch, plan, 1).metrics
+    assert second["max_ratio_error"] > 0.0  # against the old weights, not against those of the probe
+
+
 def test_the_kl_term_pulls_back_to_the_reference(tmp_path):
     config = run_config({"algorithm": {"kl": {"loss_coef": 1.0}}})
     policy = make_policy(make_folder(tmp_path, "dense"), config=config)
