@@ -183,7 +183,7 @@ def test_head_listens_on_loopback_only(ray, root):
 
 def test_port_taken_by_another_program_is_named():
     server = subprocess.Popen(
-        [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"], stdout=subprocess.PIPE, text=True
     )
     try:
         port = server.stdout.readline().split("port ")[1].split()[0] if server.stdout else ""
