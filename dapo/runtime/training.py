@@ -27,6 +27,7 @@ ENTRYPOINT = ("-m", "dapo.runtime.job")
 POLL_S = 0.5
 STATUS_EVERY_S = 3.0
 SILENCE_S = 600.0
+LEAVE_S = 60.0
 BACK_OFF_S = (5.0, 30.0, 120.0)
 # What is written into the code or the configuration is there again after a restart.
 _LASTING = {"ConfigError", "DataError", "WeightsError", "EnvironmentCheckError", "RewardError", "StarvationError"}
@@ -66,6 +67,11 @@ class TrainingJob:
     def start(self) -> bool:
         """Submit the next attempt, or take over the one that runs; True where it was submitted."""
         found = self.running()
+        waited_until = time.monotonic() + LEAVE_S
+        while found and ended(self.run) is not None and time.monotonic() < waited_until:
+            # It has said its last word and only has to leave; or it is new and has not said its first.
+            time.sleep(POLL_S)
+            found = self.running()
         if found:
             self.id, self._fence = found, _last_start(self.run.journal)
             return False
