@@ -18,11 +18,11 @@ from dapo import torchvision_cpu
 
 torchvision_cpu.install()
 
-import torch  # noqa: E402  # all of these end up importing torchvision
-from datasets import Dataset  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+import torch  # all of these end up importing torchvision
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 GROUP, UPDATES = 8, 4
 
