@@ -24,7 +24,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe import manifest
-from dapo.observe.journal import Event, follow
+from dapo.observe.journal import Event, follow, read
 from dapo.observe.layout import RunFolder
 from tasks.progress import ProgressBar, Stage, tell
 from tasks.record import alarm_raised, log_checkpoint, record_validation
@@ -68,9 +68,10 @@ def train(config: RunConfig, data: str, weights: str) -> str:
             words = "submitted %s to %s" if job.start() else "%s runs already on %s; it is followed"
             log.info(words, job.id, job.cluster.address)
             status = _follow(job, records, log)
-            if status == "stopped" or records.total_steps >= config.train.steps:
+            asked = _steps_asked_of_newest_attempt(folder)
+            if status == "stopped" or asked >= config.train.steps:
                 return status
-            log.info("that job was asked for %d steps; now it is %d", records.total_steps, config.train.steps)
+            log.info("that job was asked for %d steps; now it is %d", asked, config.train.steps)
     finally:
         records.finish()
         if not shipper.close():
@@ -117,6 +118,11 @@ def put_aside(folder: RunFolder) -> None:
     for entry in folder.root.iterdir():
         if entry.name != "flow.log":  # the flow that does this writes to it
             entry.rename(aside / entry.name)
+
+
+def _steps_asked_of_newest_attempt(folder: RunFolder) -> int:
+    """From the journal itself: the event may lie before the place where this flow began to read."""
+    return max((int(e.data["total_steps"]) for e in read(folder.journal) if e.kind == "started"), default=0)
 
 
 def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
@@ -190,8 +196,6 @@ class _Records:
     folder: RunFolder
     config: RunConfig
     offset: int = 0
-    total_steps: int = 0
-    """What the attempt read last was asked for."""
     _pending: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -215,7 +219,6 @@ class _Records:
             case "step":
                 self._bar(event.step, self.config.train.steps, f"step {event.step} of {self.config.train.steps}")
             case "started":
-                self.total_steps = data["total_steps"]
                 get_run_logger().info("attempt %d starts at step %d", data["attempt"], event.step)
         self.offset = offset
         partial = self._place.with_suffix(".partial")
