@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-slow test-floor check clean install install-vllm
+.PHONY: help demo test test-slow test-floor test-s3 check clean install install-vllm
 
 help: ## List these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ test-slow: install-vllm ## Run the longer tests
 
 test-floor: install $(VENV)/.floor ## Run the tests of model, trainer and data on the oldest supported transformers
 	@PYTHONPATH=$(VENV)/floor $(VENV)/bin/python -m pytest tests/model tests/train tests/data $(ARGS)
+
+test-s3: install $(VENV)/.s3 ## Run the tests of object storage against a real S3 server on this machine
+	@PYTHONPATH=$(VENV)/s3 $(VENV)/bin/python -m pytest tests/data/test_remote.py tests/runtime/test_mirror.py $(ARGS)
 
 check: install ## Lint, types, import rules
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -49,6 +52,11 @@ $(VENV)/.vllm: $(VENV)/.light requirements/vllm.lock
 $(VENV)/.floor: $(VENV)/.light requirements/floor.lock
 	@rm -rf $(VENV)/floor
 	@$(PIP) install --quiet --no-deps --target $(VENV)/floor -r requirements/floor.lock
+	@touch $@
+
+$(VENV)/.s3: $(VENV)/.light requirements/s3.lock
+	@rm -rf $(VENV)/s3
+	@$(PIP) install --quiet --no-deps --target $(VENV)/s3 -r requirements/s3.lock
 	@touch $@
 
 clean: ## Remove the environment, caches and runs

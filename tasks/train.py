@@ -47,12 +47,15 @@ def train(config: RunConfig, data: str, weights: str) -> str:
     """
     from dapo.observe.shipper import Shipper
     from dapo.runtime.cluster import connect
+    from dapo.runtime.mirror import require_unused
     from dapo.runtime.training import TrainingJob, already_finished
 
     log = get_run_logger()
     end = already_finished(config)
     job = None if end else TrainingJob(connect(config), RunFolder.of(config), config)
     if job is not None and config.train.resume == "never" and not job.running():
+        if config.train.mirror:
+            require_unused(config.train.mirror, RunFolder.of(config))
         put_aside(RunFolder.of(config))
     folder = make_folder(config, Path(data), Path(weights))
     records = _Records(folder, config)
@@ -128,10 +131,15 @@ def _steps_asked_of_newest_attempt(folder: RunFolder) -> int:
 def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
     """The run's folder with what the job reads: resolved configuration, inputs, manifest.
 
+    Where the run is mirrored and unknown here, its journal comes from the mirror first.
     The job always resumes from what it finds there: after a crash, too, of a run that was to start from the beginning.
     """
+    from dapo.runtime.mirror import restore_records
+
     folder = RunFolder.of(config)
     folder.root.mkdir(parents=True, exist_ok=True)
+    if config.train.mirror and config.train.resume == "auto" and restore_records(config.train.mirror, folder):
+        get_run_logger().info("%s is unknown here; its records come from %s", folder.id, config.train.mirror)
     io.save(io.override(config, {"train.resume": "auto"}), folder.config)
     folder.inputs.write_text(json.dumps({"data": str(data.resolve()), "weights": str(weights.resolve())}))
     manifest.write(folder, data, weights)

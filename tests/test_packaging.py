@@ -39,6 +39,12 @@ def test_what_breaks_imports_or_is_a_gigabyte_for_nothing_stays_out():
     assert not [name for name in LIGHT if name.startswith("nvidia-")]
 
 
+def test_object_storage_comes_on_top_and_changes_no_pin():
+    storage = pins("s3.lock")
+    assert storage["s3fs"] == LIGHT["fsspec"]
+    assert not set(storage) & (set(LIGHT) | set(VLLM))
+
+
 def test_the_environment_is_the_lock():
     for name, version in LIGHT.items():
         if name in ("transformers", "tokenizers", "huggingface-hub"):

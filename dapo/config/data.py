@@ -22,10 +22,11 @@ class HubData(Frozen):
 
 
 class FolderData(Frozen):
-    """A local folder in the hub's layout (parquet files named by split)."""
+    """A folder in the hub's layout (parquet files named by split)."""
 
     kind: Literal["folder"] = "folder"
     path: str
+    """Local, or a URL that fsspec knows (s3://bucket/folder): downloaded once into the cache."""
 
 
 class SyntheticData(Frozen):

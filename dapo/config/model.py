@@ -23,10 +23,11 @@ class HubModel(Frozen):
 
 
 class FolderModel(Frozen):
-    """Weights from a local folder in Hugging Face layout."""
+    """Weights from a folder in Hugging Face layout."""
 
     kind: Literal["folder"] = "folder"
     path: str
+    """Local, or a URL that fsspec knows (s3://bucket/folder): downloaded once into the cache."""
 
 
 class TinyModel(Frozen):

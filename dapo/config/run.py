@@ -43,6 +43,8 @@ class TrainConfig(Frozen):
     """Save a checkpoint every so many steps (and after the last); 0: only at the end."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept; the best by validation accuracy is kept besides."""
+    mirror: str | None = None
+    """URL of a folder (s3://bucket/runs): checkpoints are copied there, and a machine without any resumes from it."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest whole checkpoint of this run."""
 

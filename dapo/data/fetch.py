@@ -1,4 +1,7 @@
-"""Model weights on this machine: from a hub into the shared cache, or a local folder used in place; always verified."""
+"""Model weights on this machine: from a hub or a URL into the shared cache, or a local folder used in place.
+
+They are always verified.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from dapo.config.model import FolderModel, HubModel
 from dapo.data.hub import HubRepo
+from dapo.data.remote import content_key, fetch_folder, is_url
 from dapo.data.storage import Progress, quiet
 from dapo.errors import WeightsError
 
@@ -21,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Safetensors only: other formats run code when they are read.
 _WANTED = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_KEY = "model.source.path"
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -28,7 +33,7 @@ def fetch_weights(source: HubModel | FolderModel, cache: Path, progress: Progres
     """A Hugging Face folder with whole, verified weights.
 
     From a hub: in the cache, shared by all runs, with a manifest.json that names the commit; only what is missing is
-    downloaded, by one process. A local folder is checked and used where it is.
+    downloaded, by one process. A folder at a URL is downloaded likewise, a local one is checked and used where it is.
 
     Args:
         cache: folder shared by all runs.
@@ -38,6 +43,8 @@ def fetch_weights(source: HubModel | FolderModel, cache: Path, progress: Progres
         WeightsError: the weights cannot be had, do not fit on the disk, are partial, or are of a model we do not know.
     """
     match source:
+        case FolderModel() if is_url(source.path):
+            folder = fetch_folder(source.path, cache, _KEY, WeightsError, progress)
         case FolderModel():
             folder = _folder(source)
         case HubModel():
@@ -68,6 +75,8 @@ def weights_key(source: HubModel | FolderModel, cache: Path) -> str:
     match source:
         case HubModel():
             parts = [source.repo, _repo(source, cache).resolve()]
+        case FolderModel() if is_url(source.path):
+            return content_key(source.path, _KEY, WeightsError)
         case FolderModel():
             # Reading 60 GB to name a stage would take minutes; a changed file has another time or size.
             entries = sorted(path for path in _folder(source).iterdir() if path.is_file())

@@ -1,4 +1,4 @@
-"""Where rows come from: a hub repository, a folder in the hub's layout, or figures we draw.
+"""Where rows come from: a hub repository, a folder in the hub's layout (local or at a URL), or figures we draw.
 
 All give the columns of Geometry3K: images, problem, answer (and tags where there are any).
 """
@@ -16,6 +16,7 @@ from typing import Any
 from dapo.config.data import DataSource, FolderData, HubData, SyntheticData
 from dapo.data import synthetic
 from dapo.data.hub import HubRepo
+from dapo.data.remote import content_key, fetch_folder, is_url
 from dapo.data.storage import Progress, sha256_of
 from dapo.errors import DataError
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 COLUMNS = ("images", "problem", "answer")
 SPLITS = ("train", "validation", "test")
+_KEY = "data.source.path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ def identify(source: DataSource, cache: Path) -> dict[str, Any]:
     match source:
         case HubData():
             return {"kind": "hub", "repo": source.repo, "commit": _repo(source, cache).resolve()}
+        case FolderData() if is_url(source.path):
+            return {"kind": "url", "content": content_key(source.path, _KEY, DataError)}
         case FolderData():
             root = _folder(source)
             files = {path.relative_to(root).as_posix(): sha256_of(path) for path in _parquet_files(root)}
@@ -62,7 +66,7 @@ def name_of(source: DataSource) -> str:
         case HubData():
             return source.repo
         case FolderData():
-            return _folder(source).name
+            return source.path.rstrip("/").rpartition("/")[2] if is_url(source.path) else _folder(source).name
         case SyntheticData():
             return "synthetic"
 
@@ -84,7 +88,9 @@ def open_source(source: DataSource, identity: Mapping[str, Any], cache: Path, pr
                 raise DataError(f"data set {source.repo} at commit {commit[:12]} has no parquet files")
             return _open_folder(repo.snapshot(commit, files, progress=progress), source.repo, cache)
         case FolderData():
-            return _open_folder(_folder(source), source.path, cache)
+            url = is_url(source.path)
+            root = fetch_folder(source.path, cache, _KEY, DataError, progress) if url else _folder(source)
+            return _open_folder(root, source.path, cache)
         case SyntheticData():
             counts = {split: getattr(source, split) for split in SPLITS}
             drawn = {split: synthetic.rows(split, count, source.seed) for split, count in counts.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from dapo.config.model import FolderModel, HubModel, ModelSource
 from dapo.config.run import RunConfig
 from dapo.data.fetch import weights_key
+from dapo.data.remote import is_url
 from dapo.errors import ConfigError, WeightsError
 from dapo.observe.journal import read
 from dapo.observe.layout import RunFolder
@@ -67,6 +68,8 @@ def find_model(reference: str, config: RunConfig) -> Model:
         name = f"{version.name}-v{version.version}"
         source = FolderModel(path=str(version.folder))
         return Model(reference, name, source, version.tags["checkpoint.digest"], version.run_id, version.model_id)
+    if is_url(reference):
+        return _of_source(reference, FolderModel(path=reference.rstrip("/")), config)
     path = Path(reference).expanduser()
     if path.is_dir():
         return _of_folder(reference, path.resolve(), config)

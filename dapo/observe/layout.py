@@ -12,7 +12,7 @@ from dapo.config.run import RunConfig
 
 # What may change between two starts of one run without making it another run.
 _NOT_IDENTITY: dict[str, Any] = {
-    "train": {"steps", "epochs", "test_freq", "save_freq", "keep_checkpoints", "resume"},
+    "train": {"steps", "epochs", "test_freq", "save_freq", "keep_checkpoints", "mirror", "resume"},
     "ray": True,
     "mlflow": True,
     "run_root": True,

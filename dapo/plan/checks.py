@@ -17,6 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dapo.config.run import RunConfig
+from dapo.data.remote import is_url, probe
+from dapo.errors import EnvironmentCheckError
 from dapo.plan import machine as here
 from dapo.plan import npu, variables
 from dapo.plan.check import Check, fail, ok, skip, warn
@@ -46,6 +48,7 @@ def machine(config: RunConfig) -> list[Check]:
         here.limits(accelerated),
         here.tuning(accelerated and local),
         *_hubs(config),
+        *_storage(config),
         variables.obsolete(env, config.device == "npu"),
         variables.preload(config),
         *npu.checks(config, env),
@@ -164,6 +167,25 @@ def _hubs(config: RunConfig) -> list[Check]:
                     "set HF_ENDPOINT to a mirror, or data.source / model.source to a local folder",
                 )
             )
+    return found
+
+
+def _storage(config: RunConfig) -> list[Check]:
+    """What the configuration names by a URL can be used from here."""
+    places = [
+        ("train.mirror", config.train.mirror, True),
+        ("data.source.path", getattr(config.data.source, "path", None), False),
+        ("model.source.path", getattr(config.model.source, "path", None), False),
+    ]
+    found = []
+    for key, url, write in places:
+        if url is None or not is_url(url):
+            continue
+        try:
+            found.append(ok(key, f"{url}: {probe(url, write)}"))
+        except EnvironmentCheckError as error:
+            remedy = "set the credentials and endpoint in the environment (docs/operate.md), or another URL"
+            found.append(fail(key, str(error), remedy))
     return found
 
 

@@ -36,6 +36,7 @@ from dapo.plan.packing import CostModel, plan_packs
 from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime import checkpoints
 from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text
+from dapo.runtime.mirror import Mirror
 from dapo.runtime.proof import probe
 from dapo.train.policy import Policy, UpdateResult
 from dapo.types import Prompt, RolloutGroup
@@ -43,6 +44,7 @@ from dapo.types import Prompt, RolloutGroup
 log = logging.getLogger(__name__)
 
 PROBE_PROMPTS = 4
+STOP_S = 10.0
 
 
 @dataclass
@@ -74,8 +76,10 @@ class Controller:
         held_out: Sequence[Prompt],
         text: Text,
         cost: CostModel | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.config, self.folder, self.journal, self.cost = config, folder, journal, cost
+        self.mirror = mirror
         self.policy, self.engine = policy, engine
         self.prompts, self.held_out = prompts, held_out
         self.generation = Generation(config, engine, rewards, text, restarted=self.engine_restarted, phase=self.phase)
@@ -112,8 +116,10 @@ class Controller:
         except RunStopped as stop:
             if self.at.step and not self.folder.checkpoint(self.at.step).exists():
                 self.checkpoint()
+            self.tell_mirror(last=True)
             self.journal.append("ended", self.at.step, status="stopped", reason=str(stop))
             return "stopped"
+        self.tell_mirror(last=True)
         self.journal.append("ended", self.at.step, status="finished", reason=f"step {self.at.step} of {train.steps}")
         return "finished"
 
@@ -247,6 +253,8 @@ class Controller:
             best=path == best,
             seconds=time.perf_counter() - started,
         )
+        if self.mirror is not None:
+            self.mirror.put(path)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, where there is one and the configuration allows it."""
@@ -282,6 +290,16 @@ class Controller:
         self.journal.append("step", self.at.step, metrics=metrics | timed, seconds_left=left)
         for alarm in self.health.observe(self.at.step, metrics):
             self.journal.append("alarm", self.at.step, name=alarm.name, message=alarm.message)
+        self.tell_mirror()
+
+    def tell_mirror(self, last: bool = False) -> None:
+        """Uploads that failed are alarms; the last ones are waited for, but not long where somebody waits for us."""
+        if self.mirror is None:
+            return
+        if last:
+            self.mirror.finish(STOP_S if self.folder.stop_request.exists() else None)
+        for problem in self.mirror.problems():
+            self.journal.append("alarm", self.at.step, name="mirror", message=problem)
 
     def stop_if_asked(self) -> None:
         if self.folder.stop_request.exists():

@@ -70,11 +70,16 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     journal.append("progress", _last_step(folder), phase="loading", done=0, total=config.train.steps)
 
     from dapo.rewards.pool import RewardPool
+    from dapo.runtime.mirror import Mirror
     from dapo.runtime.workers import RayEngine, RayPolicy, Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
     # After ray.init, which puts a handler of its own there.
     signal.signal(signal.SIGTERM, lambda *_: folder.stop_request.write_text("the job received SIGTERM\n"))
+    mirror = None
+    if config.train.mirror:
+        mirror = Mirror(config.train.mirror, folder, config.train.keep_checkpoints)
+        mirror.restore()
     workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
     loading = workers.begin(weights)
 
@@ -98,6 +103,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             held_out,
             Text(text.stop_token_ids, text.banned_token_ids, text.decode_many),
             cost=cost_model(weights),
+            mirror=mirror,
         )
         status = controller.run()
     workers.close()

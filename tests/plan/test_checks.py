@@ -30,6 +30,17 @@ def test_this_machine_runs_the_tiny_configuration():
     assert of(found, "NPU").status == "skip" or npu.present()
 
 
+def test_places_at_urls_are_tried_out_before_anything_starts(storage, tmp_path):
+    tree = {"train": {"mirror": f"{storage}/runs"}, "data": {"source": {"kind": "folder", "path": f"{storage}/none"}}}
+    found = checks.machine(config(device="cpu", **tree))
+    assert of(found, "train.mirror").reason == f"{storage}/runs: an object was written, read and removed"
+    missing = of(found, "data.source.path")
+    assert (missing.status, missing.reason) == ("fail", f"{storage}/none is empty, or not there")
+    driver = of(checks.machine(config(device="cpu", train={"mirror": "gs://bucket/runs"})), "train.mirror")
+    assert driver.status == "fail"
+    assert "pip install gcsfs==" in driver.reason
+
+
 def test_table_has_failures_first_with_their_remedies():
     rows = [Check("a", "ok", "fine"), Check("bb", "fail", "broken", "mend it"), Check("c", "warn", "odd", "look")]
     assert table(rows).splitlines() == [
