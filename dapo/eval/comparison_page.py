@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
-from dapo.eval.compare import AXES, Axis, Comparison, Difference, Pair, course
+from dapo.eval.compare import AXES, Axis, Comparison, Difference, EqualPoint, Pair, course
 from dapo.eval.page import write_page
 from dapo.eval.runs import RunRecord
-from dapo.observe.curves import COLOURS, svg
+from dapo.observe.curves import COLOURS, SIZE, svg
 
 _CHARTS: tuple[tuple[str, str, Axis, str], ...] = (
     ("Held-out accuracy by step", "val/accuracy", "step", "share right"),
@@ -37,6 +38,10 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         axes=AXES,
         charts=charts,
         colours=COLOURS,
+        forests={pair.run: _forest(pair) for pair in comparison.pairs if pair.difference},
+        tiles=_tiles(comparison),
+        equal={axis: _by_metric(points) for axis, points in comparison.equal.items()},
+        number=_number,
         sections=_sections(comparison.differences),
         shorten=lambda text: text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} …",
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -58,16 +63,16 @@ def markdown(comparison: Comparison) -> str:
         ("accuracy, first", [_number(c.first) for c in costs]),
         ("accuracy, last", [_number(c.last) for c in costs]),
         ("steps", [str(c.steps) for c in costs]),
-        ("responses", [_number(c.responses, 0) for c in costs]),
-        ("device-hours", [_number(c.device_hours, 4) for c in costs]),
-        ("responses per point", [_number(c.per_point(c.responses), 0) for c in costs]),
-        ("device-hours per point", [_number(c.per_point(c.device_hours), 5) for c in costs]),
+        ("responses", [_number(c.responses) for c in costs]),
+        ("device-hours", [_number(c.device_hours) for c in costs]),
+        ("responses per point", [_number(c.per_point(c.responses)) for c in costs]),
+        ("device-hours per point", [_number(c.per_point(c.device_hours)) for c in costs]),
     ):
         lines.append(f"| {title} | {' | '.join(values)} |")
     for axis, points in comparison.equal.items():
         if points:
             lines += ["", f"## At equal {AXES[axis]}", "", head.replace("| | ", "| metric at | ", 1)]
-            lines += [f"| {p.metric} at {p.at:.4g} | {' | '.join(_number(v) for v in p.values)} |" for p in points]
+            lines += [f"| {p.metric} at {_number(p.at)} | {' | '.join(map(_number, p.values))} |" for p in points]
     if comparison.pairs:
         lines += ["", f"## Against {names[0]}, over the same prompts", ""]
         lines += [f"- **{pair.run}**: {_told(pair)}" for pair in comparison.pairs]
@@ -101,7 +106,7 @@ def _draw(runs: Sequence[RunRecord], metric: str, axis: Axis, unit: str) -> str 
         return None
     from matplotlib.figure import Figure  # no pyplot: no global state, any thread
 
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     for name, colour, points in lines:
         mark = "o" if len(points) < 15 else None
@@ -113,5 +118,56 @@ def _draw(runs: Sequence[RunRecord], metric: str, axis: Axis, unit: str) -> str 
     return svg(figure)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _forest(pair: Pair) -> str:
+    """Differences with their intervals, all prompts first, then the slices: what lies right of 0 is better."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, any thread
+
+    assert pair.difference is not None
+    rows = [(f"all prompts ({pair.prompts})", pair.difference)]
+    rows += [(f"{s.tag} ({s.prompts})", s.difference) for s in pair.slices]
+    figure = Figure(figsize=(9.6, 0.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#6b7280", linewidth=1)
+    for place, (_, d) in enumerate(rows):
+        colour = "#0f766e" if d.low > 0 else "#b42318" if d.high < 0 else "#6b7280"
+        axes.plot([100 * d.low, 100 * d.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot(100 * d.value, place, "o" if place else "D", color=colour, markersize=6)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("difference of accuracy (percentage points), 95 % interval; in brackets: prompts")
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return svg(figure)
+
+
+def _tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """What one looks for first: (value, label, right | wrong | "")."""
+    found = []
+    for pair in comparison.pairs:
+        if (d := pair.difference) is not None:
+            verdict, mark = (
+                ("better", "right") if d.low > 0 else ("worse", "wrong") if d.high < 0 else ("no verdict", "")
+            )
+            label = f"{pair.run}: points of accuracy, 95 %: {100 * d.low:+.1f} to {100 * d.high:+.1f}: {verdict}"
+            found.append((f"{100 * d.value:+.1f}", label, mark))
+    for c in comparison.costs:
+        if c.last is not None:
+            found.append((f"{100 * c.last:.1f} %", f"{c.run}: held-out accuracy, last", ""))
+    return found
+
+
+def _by_metric(points: Sequence[EqualPoint]) -> list[tuple[str, list[EqualPoint]]]:
+    """A metric's points are one block of the table."""
+    return [(metric, list(group)) for metric, group in groupby(points, lambda p: p.metric)]
+
+
+def _number(value: float | None) -> str:
+    """For people: three digits behind the point where they say something, few otherwise."""
+    if value is None or value != value:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", " ")
+    if value == int(value) or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.2g}"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from dapo.observe.journal import Event
 
+SIZE = (4.8, 2.8)
+"""Inches; smaller pictures have larger letters, since pages stretch them to one width."""
 COLOURS = ("#2563eb", "#e4572e", "#17a398", "#8b5cf6", "#d4a017", "#6b7280", "#be185d", "#15803d")
 
 
@@ -107,7 +109,7 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
     from matplotlib.figure import Figure  # no pyplot: no global state, any thread
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     if chart.kind == "stack":
         # A phase that a step did not have took no time in it.
@@ -126,7 +128,9 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        columns = len(lines) if len(lines) < 5 else 3  # a wider legend narrows the picture
+        close = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.2, "labelspacing": 0.2}
+        axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **close)
     return svg(figure)
 
 

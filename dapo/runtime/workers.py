@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from dapo import torchvision_cpu
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError, EngineError, EnvironmentCheckError, TrainingError
+from dapo.plan import variables
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, PackPlan, Prompt, SamplingParams, TrainBatch
 
@@ -36,8 +37,18 @@ class Worker:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
+    def check_start(self) -> None:
+        """Raises EnvironmentCheckError where this process was started without what `ray.preload` asks for."""
+        if wrong := variables.lacking(self.config.ray.preload):
+            raise EnvironmentCheckError(
+                f"worker {self.rank} on {socket.gethostname()} was started {'; '.join(wrong)} (ray.preload). Such "
+                "variables cannot be set later: export them on that node before `ray start`, or set ray.address=null "
+                "for a Ray of our own, which gets them"
+            )
+
     def start(self, rendezvous: str, weights: str) -> dict[str, Any]:
         """Join the process group, load the weights, start the engine."""
+        self.check_start()
         torchvision_cpu.install()  # before the imports below bring in transformers
         from dapo.data.processor import PromptProcessor
         from dapo.rollout.choice import make_engine
