@@ -30,7 +30,7 @@ class Event:
         progress: phase (loading | generate | logprobs | update | sync | validate | checkpoint), done, total (counts)
         step: metrics {name: number} (docs/metrics.md), seconds_left (estimate)
         validation: metrics {name: number}, table (path of samples, relative to the run folder)
-        checkpoint: path (relative), metrics, best (bool), seconds
+        checkpoint: path (relative), metrics, best (bool), seconds (until it was whole), waited (of these, by training)
         alarm: name, message
         ended: status (finished | stopped | failed), reason; error (class name) where it failed
     """

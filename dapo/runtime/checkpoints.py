@@ -10,53 +10,184 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dapo.errors import CheckpointError
+from dapo.errors import CheckpointError, DapoError
+from dapo.observe.journal import Journal
 from dapo.observe.layout import REGISTERED, RunFolder
+
+if TYPE_CHECKING:
+    from dapo.train.policy import Policy
 
 MANIFEST = "manifest.json"
 CONTROLLER = "controller.json"
+_WRITING = ".writing-"
 
 
-def write(
-    folder: RunFolder,
-    step: int,
-    controller: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    fill: Callable[[Path], None],
-) -> Path:
-    """Write the checkpoint of `step`; `fill` puts the policy's files into the (temporary) folder it is given.
+class Checkpoints:
+    """A run's checkpoints, written beside its training, one at a time.
+
+    `begin` waits until the policy's state and weights are copied to host memory. Its workers then write; when they are
+    done, a thread checks and renames (`seal`). `notice` looks how far that is, without waiting, and at the end prunes
+    and tells the journal. What fails is an alarm: older checkpoints stay, training goes on, and `owed` asks for another
+    try after the next step. Only `finish` raises.
+
+    Args:
+        keep: newest checkpoints that are not pruned.
+        whole: called with each checkpoint as soon as it is one.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        journal: Journal,
+        policy: Policy,
+        keep: int,
+        whole: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        self.folder, self.journal, self.policy, self.keep, self._whole = folder, journal, policy, keep, whole
+        self.failure: CheckpointError | None = None
+        """Of the newest checkpoint."""
+        self._newest: int | None = None
+        self._writing: _Writing | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal")
+
+    @property
+    def owed(self) -> bool:
+        """The newest checkpoint could not be written."""
+        return self.failure is not None
+
+    def begin(self, step: int, controller: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Copy what the checkpoint of `step` is made of; waits for the one before it first.
+
+        Args:
+            controller: its state, as JSON can hold it.
+            metrics: of this step's validation.
+        """
+        started = time.perf_counter()
+        self.notice(wait=True)
+        if self._newest == step:
+            return
+        try:
+            temporary = begin(self.folder, step)
+            (temporary / "state").mkdir()
+            self.policy.save(temporary / "state")
+            self.policy.export(temporary / "hf")
+        except (OSError, CheckpointError) as error:
+            self._failed(step, error)
+            return
+        waited = time.perf_counter() - started
+        # As text: the controller goes on changing what its state refers to.
+        self._writing = _Writing(step, json.dumps(controller), dict(metrics), started, waited)
+
+    def notice(self, *, wait: bool = False) -> None:
+        """See what became of the checkpoint being written; `wait` for its end."""
+        writing = self._writing
+        if writing is None:
+            return
+        try:
+            if writing.sealed is None:
+                if not self.policy.written(wait=wait):
+                    return
+                writing.sealed = self._thread.submit(
+                    seal, self.folder, writing.step, writing.controller, writing.metrics
+                )
+            if not wait and not writing.sealed.done():
+                return
+            path = writing.sealed.result()
+        except (OSError, DapoError) as error:
+            self._failed(writing.step, error)
+            return
+        self._writing, self.failure, self._newest = None, None, writing.step
+        best_path = best(self.folder)
+        prune(self.folder, self.keep, best_path)
+        self._tell(path, best_path, seconds=time.perf_counter() - writing.started, waited=writing.waited)
+        self._whole(path)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written.
+
+        Raises:
+            CheckpointError: the run's newest checkpoint could not be written.
+        """
+        self.notice(wait=True)
+        if self.failure is not None:
+            raise self.failure
+
+    def resumed(self, path: Path) -> None:
+        """The run goes on from here. The journal learns of it if the run died before it could write it down."""
+        self._newest = step_of(path)
+        self._tell(path, best(self.folder), seconds=0.0, waited=0.0)
+
+    def _tell(self, path: Path, best_path: Path | None, *, seconds: float, waited: float) -> None:
+        self.journal.append(
+            "checkpoint",
+            step_of(path),
+            path=str(path.relative_to(self.folder.root)),
+            metrics=metrics_of(path),
+            best=path == best_path,
+            seconds=seconds,
+            waited=waited,
+        )
+
+    def _failed(self, step: int, error: OSError | DapoError) -> None:
+        self._writing = None
+        shutil.rmtree(_temporary(self.folder, step), ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        self.failure = CheckpointError(
+            f"checkpoint of step {step} could not be written to {self.folder.checkpoint(step)}: {reason}. Nothing "
+            "partial was left, older checkpoints are untouched; free space there: it is tried again after the next "
+            "step, and a run that was started again goes on from the newest checkpoint"
+        )
+        self.journal.append("alarm", step, name="checkpoint_failed", message=str(self.failure))
+
+
+@dataclass
+class _Writing:
+    """The checkpoint on its way."""
+
+    step: int
+    controller: str
+    metrics: dict[str, float]
+    started: float
+    waited: float
+    """Seconds that training stood still for it."""
+    sealed: Future[Path] | None = None
+
+
+def begin(folder: RunFolder, step: int) -> Path:
+    """A fresh temporary folder to fill; what a killed run left half written is removed."""
+    temporary = _temporary(folder, step)
+    for left in folder.checkpoints.glob(f"{_WRITING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def seal(folder: RunFolder, step: int, controller: str, metrics: Mapping[str, float]) -> Path:
+    """Make a checkpoint of the filled temporary folder: sizes and sums, everything flushed, then the rename.
 
     Raises:
-        CheckpointError: it could not be written (disk full, no permission); no partial checkpoint is left.
+        OSError: it cannot be written (disk full, no permission).
     """
-    final = folder.checkpoint(step)
-    temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        (temporary / CONTROLLER).write_text(json.dumps(controller))
-        files = {
-            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-            for p in sorted(temporary.rglob("*"))
-            if p.is_file()
-        }
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({"step": step, "metrics": dict(metrics), "files": files}, indent=1))
-        _flush(manifest)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint of step {step} could not be written to {final}: {error.strerror or error}. Nothing partial "
-            f"was left, older checkpoints are untouched; free space there and start the run again, it resumes"
-        ) from error
+    final, temporary = folder.checkpoint(step), _temporary(folder, step)
+    (temporary / CONTROLLER).write_text(controller)
+    files = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        _flush(path)
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps({"step": step, "metrics": dict(metrics), "files": files}, indent=1))
+    _flush(manifest)
+    if final.exists():  # a damaged one whose step was redone
+        _discard(final)
+    os.replace(temporary, final)
+    _flush(folder.checkpoints)
     return final
 
 
@@ -101,8 +232,12 @@ def controller_state(path: Path) -> dict[str, Any]:
 
 def best(folder: RunFolder) -> Path | None:
     """The checkpoint with the highest held-out accuracy; the earliest of equals; None where none was validated."""
-    accuracy = {p: metrics_of(p).get("val/accuracy") for p in sorted(folder.checkpoints.glob("step-*"))}
-    measured = {p: value for p, value in accuracy.items() if value is not None}
+    measured: dict[Path, float] = {}
+    for path in sorted(folder.checkpoints.glob("step-*")):
+        try:
+            measured[path] = metrics_of(path)["val/accuracy"]
+        except (OSError, ValueError, KeyError):
+            continue  # not validated, or damaged
     return max(measured, key=measured.__getitem__, default=None)
 
 
@@ -110,7 +245,19 @@ def prune(folder: RunFolder, keep: int, best: Path | None) -> None:
     """Remove all but the `keep` newest checkpoints, the best one, and those the registry refers to."""
     for path in sorted(folder.checkpoints.glob("step-*"), reverse=True)[keep:]:
         if path != best and not (path / REGISTERED).exists():
-            shutil.rmtree(path)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left no longer looks like one, and `begin` removes it."""
+    gone = path.with_name(f"{_WRITING}{path.name}-old")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def _temporary(folder: RunFolder, step: int) -> Path:
+    final = folder.checkpoint(step)
+    return final.with_name(f"{_WRITING}{final.name}")
 
 
 def _sha256(path: Path) -> str:
@@ -119,5 +266,9 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """To the disk; of a folder, its names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

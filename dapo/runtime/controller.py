@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dapo.algo.batch import build_train_batch, subtract_kl
@@ -89,6 +88,9 @@ class Controller:
         )
         self.health = Health(config.algorithm.alarms)
         self.kl = KlController(config.algorithm.kl)
+        self.checkpoints = checkpoints.Checkpoints(
+            folder, journal, policy, config.train.keep_checkpoints, whole=self.put_on_mirror
+        )
         self.at = Counters()
         self.seconds: dict[str, float] = defaultdict(float)
         self._recent: list[float] = []
@@ -107,18 +109,24 @@ class Controller:
                 self.validate()
             while self.at.step < train.steps and not self.loader.exhausted:
                 self.stop_if_asked()
+                self.checkpoints.notice()
                 self.step()
                 last = self.at.step == train.steps or self.loader.exhausted
                 if last or _due(self.at.step, train.test_freq):
                     self.validate()
-                if last or _due(self.at.step, train.save_freq):
+                if last or _due(self.at.step, train.save_freq) or self.checkpoints.owed:
                     self.checkpoint()
+            self.checkpoints.finish()
         except RunStopped as stop:
-            if self.at.step and not self.folder.checkpoint(self.at.step).exists():
+            if self.at.step:
                 self.checkpoint()
+            self.checkpoints.finish()
             self.tell_mirror(last=True)
             self.journal.append("ended", self.at.step, status="stopped", reason=str(stop))
             return "stopped"
+        except Exception:
+            self.checkpoints.notice(wait=True)  # what is being written may still become whole
+            raise
         self.tell_mirror(last=True)
         self.journal.append("ended", self.at.step, status="finished", reason=f"step {self.at.step} of {train.steps}")
         return "finished"
@@ -232,29 +240,10 @@ class Controller:
         self._validated = (self.at.step, metrics)
 
     def checkpoint(self) -> None:
-        """Save everything a resumed run needs, and the weights as a Hugging Face folder."""
-        started = time.perf_counter()
+        """Save everything a resumed run needs, and the weights as a Hugging Face folder; waits for the copy only."""
         metrics = self._validated[1] if self._validated[0] == self.at.step else {}
-
-        def fill(path: Path) -> None:
-            (path / "state").mkdir()
-            self.policy.save(path / "state")
-            self.policy.export(path / "hf")
-
         with self.phase("checkpoint"):
-            path = checkpoints.write(self.folder, self.at.step, self.state_dict(), metrics, fill)
-        best = checkpoints.best(self.folder)
-        checkpoints.prune(self.folder, self.config.train.keep_checkpoints, best)
-        self.journal.append(
-            "checkpoint",
-            self.at.step,
-            path=str(path.relative_to(self.folder.root)),
-            metrics=metrics,
-            best=path == best,
-            seconds=time.perf_counter() - started,
-        )
-        if self.mirror is not None:
-            self.mirror.put(path)
+            self.checkpoints.begin(self.at.step, self.state_dict(), metrics)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, where there is one and the configuration allows it."""
@@ -265,6 +254,7 @@ class Controller:
             with self.phase("loading"):
                 self.policy.load(path / "state")
             self.load_state_dict(checkpoints.controller_state(path))
+            self.checkpoints.resumed(path)
             log.info("resumed from %s", path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +281,10 @@ class Controller:
         for alarm in self.health.observe(self.at.step, metrics):
             self.journal.append("alarm", self.at.step, name=alarm.name, message=alarm.message)
         self.tell_mirror()
+
+    def put_on_mirror(self, path: Path) -> None:
+        if self.mirror is not None:
+            self.mirror.put(path)
 
     def tell_mirror(self, last: bool = False) -> None:
         """Uploads that failed are alarms; the last ones are waited for, but not long where somebody waits for us."""

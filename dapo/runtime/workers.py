@@ -23,6 +23,7 @@ from dapo.types import Completion, PackPlan, Prompt, SamplingParams, TrainBatch
 log = logging.getLogger(__name__)
 
 START_DEADLINE_S = 600.0
+WRITE_DEADLINE_S = 1800.0
 
 
 class Worker:
@@ -107,6 +108,9 @@ class Worker:
 
     def export(self, folder: str) -> None:
         self.policy.export(Path(folder))
+
+    def written(self, wait: bool) -> bool:
+        return self.policy.written(wait=wait)
 
 
 def start_workers(config: RunConfig, threads: int) -> list[Any]:
@@ -228,6 +232,9 @@ class RayPolicy:
 
     def export(self, folder: Path) -> None:
         self.workers.call("export", str(folder))
+
+    def written(self, *, wait: bool) -> bool:
+        return all(self.workers.call("written", wait, deadline_s=WRITE_DEADLINE_S))
 
     def _refs(self, batch: TrainBatch, plan: PackPlan) -> tuple[Any, Any]:
         if self._sent is None or self._sent[0] is not batch or self._sent[1] is not plan:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ _FAILURES = (Exception, CheckpointException)  # the latter is a BaseException
 
 
 class Saver:
-    """Writes states one at a time; training may go on while one is written.
+    """Copies states to host memory and writes the copies; training may go on while one is written.
 
     Collective: every rank makes the same calls in the same order.
     """
@@ -32,58 +31,24 @@ class Saver:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._group: Any = None
-        self._pending: tuple[Thread, list[CheckpointError]] | None = None
 
-    def save(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, updates: int, *, background: bool = False
-    ) -> None:
-        """Weights, moments, update count and this rank's RNG.
-
-        Args:
-            background: return as soon as everything is copied to host memory; `finish` says how it ended.
-
-        Raises:
-            CheckpointError: the folder cannot be written (for example a full disk), or the state before could not be;
-                the folder is then not a checkpoint.
-        """
-        self.finish()
-        state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._layout)
-        if not background:
-            self._write(folder, state, None)
-            return
+    def copy(self, model: nn.Module, optimizer: torch.optim.AdamW, updates: int) -> dict[str, Any]:
+        """Weights, moments, update count and this rank's RNG, in host memory."""
         if self._layout.mesh is not None and self._group is None:
             # Its collectives run beside the training's, so they need a group of their own.
             self._group = dist.new_group(backend="gloo")
-        copies = {name: _host_copy(tensor) for name, tensor in state.items()}
-        errors: list[CheckpointError] = []
+        state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._layout)
+        return {name: _host_copy(tensor) for name, tensor in state.items()}
 
-        def write() -> None:
-            try:
-                self._write(folder, copies, self._group)
-            except CheckpointError as error:
-                errors.append(error)
-
-        thread = Thread(target=write, name="checkpoint", daemon=True)
-        self._pending = thread, errors
-        thread.start()
-
-    def finish(self) -> None:
-        """Wait until what is being written is whole.
+    def write(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write a copy; in any thread.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the folder cannot be written (for example a full disk); it is then not a checkpoint.
         """
-        if self._pending is not None:
-            thread, errors = self._pending
-            self._pending = None
-            thread.join()
-            if errors:
-                raise errors[0]
-
-    def _write(self, folder: Path, state: dict[str, Any], group: Any) -> None:
         try:
             with _quiet():
-                dcp.save(state, checkpoint_id=str(folder), process_group=group, no_dist=self._layout.mesh is None)
+                dcp.save(state, checkpoint_id=str(folder), process_group=self._group, no_dist=self._layout.mesh is None)
         except _FAILURES as error:
             raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -28,30 +30,58 @@ _COMPARE_BELOW_BYTES = 4 * 2**30
 _PROBE_TOKENS = 24
 
 
-def export(folder: Path, source: Path, network: Network, dtype: torch.dtype, layout: Layout) -> None:
-    """Write weights (in the compute dtype), config, tokenizer and processor files; collective, rank 0 writes.
+@dataclass(frozen=True)
+class Snapshot:
+    """What rank 0 needs to write an export and to check it, in host memory: nothing of it changes any more."""
+
+    tensors: dict[str, Tensor]
+    """Whole weights in the compute dtype, in transformers' names and layout."""
+    fingerprint: dict[str, float]
+    """Of the shards they were gathered from."""
+    probe: tuple[list[int], Tensor]
+    """A few token ids and their log-probabilities under these weights."""
+    temperature: float
+    banned: Tensor | None
+    dtype: torch.dtype
+    text_only: bool
+
+
+def take(network: Network, dtype: torch.dtype, layout: Layout) -> Snapshot | None:
+    """Gather everything on rank 0 (None on the others); collective, takes as long as a weight sync.
+
+    Gathering needs the training's process group, so it cannot be left to the background. Rank 0's host holds one copy
+    of the weights in the compute dtype until it is written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.whole_tensors(network.model, dtype):
+        if layout.rank == 0:
+            tensors[name] = tensor.detach().to("cpu", copy=True)
+    trained = weights.fingerprint(network.model, dtype, layout)
+    probe = _probe(network, layout)
+    if layout.rank:
+        return None
+    banned = None if network.banned is None else network.banned.cpu()
+    return Snapshot(tensors, trained, probe, network.temperature, banned, dtype, network.visual is None)
+
+
+def write(folder: Path, source: Path, snapshot: Snapshot) -> None:
+    """Weights, config, tokenizer and processor files, each tensor read back and compared; in any thread.
 
     Args:
         source: the folder the model was loaded from; everything but its weights is copied.
 
     Raises:
-        CheckpointError: what was written does not read back as what is trained.
+        CheckpointError: the folder cannot be written, or does not read back as what was trained.
     """
-    writer = _Writer(folder) if layout.rank == 0 else None
-    if writer is not None:
-        _copy_companions(source, folder, dtype)
-    for name, tensor in weights.whole_tensors(network.model, dtype):
-        if writer is not None:
+    try:
+        _copy_companions(source, folder, snapshot.dtype)
+        writer = _Writer(folder)
+        for name, tensor in snapshot.tensors.items():
             writer.add(name, tensor)
-    if writer is not None:
         writer.close()
-    trained = weights.fingerprint(network.model, dtype, layout)
-    probe = _probe(network, layout)
-    if layout.rank == 0:
-        _compare_tensors(folder, network, trained)
-        if sum(p.numel() for p in network.parameters()) * dtype.itemsize < _COMPARE_BELOW_BYTES:
-            _compare_logits(folder, network, dtype, *probe)
-    layout.barrier()
+        _compare_tensors(folder, snapshot)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the export could not be written to {folder}: {error}") from error
 
 
 class _Writer:
@@ -109,14 +139,14 @@ def _copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _compare_tensors(folder: Path, network: Network, trained: dict[str, float]) -> None:
+def _compare_tensors(folder: Path, snapshot: Snapshot) -> None:
     files = WeightFiles(folder)
-    for name, parameter in network.model.named_parameters():
-        tensor = files.read(name, tuple(parameter.shape), slice(None))
-        written = float(tensor.double().abs().sum())
-        if abs(written - trained[name]) > 1e-9 * max(1.0, trained[name]):
+    for name, tensor in snapshot.tensors.items():
+        written = float(files.read(name, tuple(tensor.shape), slice(None)).double().abs().sum())
+        trained = snapshot.fingerprint[name]
+        if abs(written - trained) > 1e-9 * max(1.0, trained):
             raise CheckpointError(
-                f"export to {folder}: {name} reads back with sum {written}, trained is {trained[name]}; the disk or "
+                f"export to {folder}: {name} reads back with sum {written}, trained is {trained}; the disk or "
                 "the layout is wrong, do not use this folder"
             )
 
@@ -145,17 +175,27 @@ def _probe(network: Network, layout: Layout) -> tuple[list[int], Tensor]:
 
 
 @torch.no_grad()
-def _compare_logits(folder: Path, network: Network, dtype: torch.dtype, ids: list[int], expected: Tensor) -> None:
-    auto = AutoModelForCausalLM if network.visual is None else AutoModelForImageTextToText
-    plain = auto.from_pretrained(folder, dtype=dtype)
+def compare_logits(folder: Path, snapshot: Snapshot) -> None:
+    """Plain transformers must give the trained log-probabilities from the folder; larger models are left out.
+
+    Not in a background thread: while transformers loads a model it changes this process's default dtype.
+
+    Raises:
+        CheckpointError: it gives others.
+    """
+    if sum(tensor.nbytes for tensor in snapshot.tensors.values()) >= _COMPARE_BELOW_BYTES:
+        return
+    ids, expected = snapshot.probe
+    auto = AutoModelForCausalLM if snapshot.text_only else AutoModelForImageTextToText
+    plain = auto.from_pretrained(folder, dtype=snapshot.dtype)
     if any(name.endswith(EXPERT_SUFFIXES) for name in plain.state_dict()):
         plain.set_experts_implementation("eager")  # the default has no kernel for every dtype on CPU
-    logits = plain(input_ids=torch.tensor([ids[:-1]])).logits[0].to(expected.dtype) / network.temperature
-    if network.banned is not None:
-        logits = logits.masked_fill(network.banned.cpu(), float("-inf"))
+    logits = plain(input_ids=torch.tensor([ids[:-1]])).logits[0].to(expected.dtype) / snapshot.temperature
+    if snapshot.banned is not None:
+        logits = logits.masked_fill(snapshot.banned, float("-inf"))
     found = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     difference = float((found - expected).abs().mean())
-    limit = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    limit = 0.05 if snapshot.dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not difference < limit:
         raise CheckpointError(
             f"export to {folder}: plain transformers gives log-probabilities {difference:.3g} nats away from the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dapo.model.load import load_model
 from dapo.model.network import Network
 from dapo.model.ulysses import check_heads
 from dapo.train import checkpoint, export, optim, parallel, weights
+from dapo.train.background import Background
 from dapo.train.collate import Collator, PackTargets, Processor
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import PackPlan, TrainBatch
@@ -69,6 +71,8 @@ class FsdpPolicy:
         self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
         self.collate.always_see = self.layout.mesh is not None
         self.saver = checkpoint.Saver(self.layout)
+        self.writing = Background()
+        self._exported: list[tuple[Path, export.Snapshot]] = []
         self._reference: Network | None = None
         self._plan: PackPlan | None = None
         self._old: dict[tuple[int, int], Tensor] = {}
@@ -227,42 +231,47 @@ class FsdpPolicy:
         """Float64 sum of absolute values of each of `named_weights`; collective."""
         return weights.fingerprint(self.network.model, self.compute_dtype, self.layout)
 
-    def save(self, folder: Path, *, background: bool = False) -> None:
-        """Sharded weights, optimiser state, update count and every rank's RNG into an existing folder; collective.
+    def save(self, folder: Path) -> None:
+        """Begin to write sharded weights, optimiser state, update count and every rank's RNG into an existing folder;
+        collective. Returns when all is copied to host memory; `written` says when the folder is whole."""
+        state = self.saver.copy(self.network.model, self.optimizer, self.updates)
+        self.writing.start(partial(self.saver.write, folder, state), "checkpoint")
 
-        Args:
-            background: wait only until all is copied to host memory. The folder is whole after `finish_save`.
+    def export(self, folder: Path) -> None:
+        """Begin to write a Hugging Face folder in the hub's layout; collective. Returns when rank 0 has the weights in
+        host memory; `written` says when the folder is whole and compared."""
+        snapshot = export.take(self.network, self.compute_dtype, self.layout)
+        if snapshot is not None:
+            self._exported.append((folder, snapshot))
+            self.writing.start(partial(export.write, folder, self.folder, snapshot), "export")
+
+    def written(self, *, wait: bool) -> bool:
+        """Whether everything begun with `save` and `export` is on disk; what it was is forgotten then.
 
         Raises:
-            CheckpointError: it could not be written; the folder is not a checkpoint then.
+            CheckpointError: it could not be written or is not what was trained; the folders are of no use.
         """
-        self.saver.save(folder, self.network.model, self.optimizer, self.updates, background=background)
-
-    def finish_save(self) -> None:
-        """Wait for a `save` in the background.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
-        self.saver.finish()
+        if self.writing.busy and not wait:
+            return False
+        exported, self._exported = self._exported, []
+        self.writing.finish()
+        for folder, snapshot in exported:
+            export.compare_logits(folder, snapshot)
+        return True
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, whatever number of ranks wrote it; collective.
 
         Raises:
-            CheckpointError: not a whole checkpoint of this model.
+            CheckpointError: not a whole checkpoint of this model, or one that is being written could not be.
         """
-        self.saver.finish()
+        self.writing.finish()
         self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self._moments_home, self.layout)
         self._plan, self._old, self._ref = None, {}, {}
 
-    def export(self, folder: Path) -> None:
-        """A Hugging Face folder in the hub's layout, read back and compared before this returns; collective."""
-        export.export(folder, self.folder, self.network, self.compute_dtype, self.layout)
-
     def close(self) -> None:
         """Finish what is being written and leave the process group."""
-        self.saver.finish()
+        self.writing.finish()
         parallel.leave()
 
 

@@ -49,11 +49,22 @@ class Policy(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the sharded state (weights, optimiser, RNG of every rank) into an existing folder."""
+        """Begin to write the sharded state (weights, optimiser, RNG of every rank) into an existing folder.
+
+        Returns when it is copied to host memory: training may go on. `written` says when the folder is whole.
+        """
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Begin to write a Hugging Face folder that plain transformers loads; as `save`."""
+        ...
+
+    def written(self, *, wait: bool) -> bool:
+        """Whether everything begun with `save` and `export` is on disk and checked.
+
+        Raises:
+            CheckpointError: it could not be written; the folders are of no use.
+        """
         ...
 
     def load(self, folder: Path) -> None: ...
-
-    def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder that plain transformers loads."""
-        ...

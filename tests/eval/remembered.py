@@ -46,10 +46,8 @@ def make_run(
 
 def save_checkpoint(folder: RunFolder, step: int, accuracy: float, weights: str) -> Path:
     """A checkpoint as the job writes it, with a word for weights."""
-
-    def fill(path: Path) -> None:
-        (path / "hf").mkdir()
-        (path / "hf" / "config.json").write_text("{}")
-        (path / "hf" / "model.safetensors").write_text(weights)
-
-    return checkpoints.write(folder, step, {}, {"val/accuracy": accuracy}, fill)
+    path = checkpoints.begin(folder, step)
+    (path / "hf").mkdir()
+    (path / "hf" / "config.json").write_text("{}")
+    (path / "hf" / "model.safetensors").write_text(weights)
+    return checkpoints.seal(folder, step, "{}", {"val/accuracy": accuracy})

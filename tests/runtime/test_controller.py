@@ -3,7 +3,7 @@
 import pytest
 
 from dapo.config import io
-from dapo.errors import EngineError, RewardError
+from dapo.errors import CheckpointError, EngineError, RewardError
 from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
 from dapo.runtime.controller import Controller
@@ -37,13 +37,19 @@ def kinds(folder):
     return [(e.kind, e.step) for e in read(folder.journal) if e.kind in ("step", "validation", "checkpoint", "ended")]
 
 
+def without_checkpoints(folder):
+    """In order; when a checkpoint is noticed to be whole is another matter."""
+    return [found for found in kinds(folder) if found[0] != "checkpoint"]
+
+
 def test_a_run_validates_trains_saves_and_ends_in_order(tmp_path):
     controller, policy, folder = make(tmp_path)
     assert controller.run() == "finished"
-    assert kinds(folder) == [
-        ("validation", 0), ("step", 1), ("step", 2), ("validation", 2), ("checkpoint", 2),
-        ("step", 3), ("step", 4), ("validation", 4), ("checkpoint", 4), ("ended", 4),
+    assert without_checkpoints(folder) == [
+        ("validation", 0), ("step", 1), ("step", 2), ("validation", 2),
+        ("step", 3), ("step", 4), ("validation", 4), ("ended", 4),
     ]  # fmt: skip
+    assert kinds(folder)[-2:] == [("checkpoint", 4), ("ended", 4)]
     assert len(policy.trained) == 8  # 4 steps of 4 / 2 updates
     assert all(len(update) == 2 for update in policy.trained)
     metrics = next(e for e in read(folder.journal) if e.kind == "step").data["metrics"]
@@ -70,6 +76,7 @@ def test_a_killed_run_continues_to_the_same_end(tmp_path):
 
     def die_in_step_four():
         if killed.at.step == 3:
+            killed.checkpoints.finish()
             raise KeyboardInterrupt
         step()
 
@@ -78,7 +85,8 @@ def test_a_killed_run_continues_to_the_same_end(tmp_path):
         killed.run()
     again, policy, _ = make(tmp_path / "killed")
     assert again.run() == "finished"
-    assert kinds(folder) == kinds(straight_folder)
+    assert without_checkpoints(folder) == without_checkpoints(straight_folder)
+    assert sorted(kinds(folder)) == sorted(kinds(straight_folder))
     assert policy.skill == straight_policy.skill
     # Steps 3 and 4 are redone from checkpoint 2 with the very prompts that an uninterrupted run trains on.
     assert policy.trained == straight_policy.trained[4:]
@@ -147,6 +155,50 @@ def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path):
     with pytest.raises(RewardError, match="dapo reward test"):
         controller.run()
     assert policy.trained == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again_after_the_next_step(tmp_path):
+    controller, policy, folder = make(tmp_path)
+    calls = []
+
+    def full_at_first(*, wait):
+        calls.append(wait)
+        if len(calls) == 1:
+            raise CheckpointError("No space left on device")
+        return True
+
+    policy.written = full_at_first
+    assert controller.run() == "finished"
+    assert sorted(step for kind, step in kinds(folder) if kind == "checkpoint") == [3, 4]
+    alarms = [(e.step, e.data["name"]) for e in read(folder.journal) if e.kind == "alarm"]
+    assert alarms == [(2, "checkpoint_failed")]
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails_with_that_error(tmp_path):
+    controller, policy, folder = make(tmp_path, train={"save_freq": 0})
+
+    def full(*, wait):
+        raise CheckpointError("No space left on device")
+
+    policy.written = full
+    with pytest.raises(CheckpointError, match=r"step 4 could not be written .*No space left"):
+        controller.run()
+    assert not list(folder.checkpoints.iterdir())
+
+
+def test_an_error_waits_for_the_checkpoint_on_its_way(tmp_path):
+    controller, _, folder = make(tmp_path)
+    step = controller.step
+
+    def die_in_step_three():
+        if controller.at.step == 2:
+            raise RewardError("broken")
+        step()
+
+    controller.step = die_in_step_three
+    with pytest.raises(RewardError):
+        controller.run()
+    assert kinds(folder)[-1] == ("checkpoint", 2)
 
 
 def test_starvation_stops_with_the_reasons_and_a_checkpoint(tmp_path):

@@ -67,15 +67,16 @@ def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1
         updates = [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
     if case.save:
         (root / case.save).mkdir(exist_ok=True)
-        policy.save(root / case.save, background=True)
+        policy.save(root / case.save)
         # Goes on while the state is written: it must be that of before.
         with exact_float64():
             again = [policy.update(batch, plan, u).metrics["loss"] for u in range(len(batch.updates)) if u]
         assert len(again) == len(updates) - 1
-        policy.finish_save()
+        assert policy.written(wait=True)
         policy.load(root / case.save)
     if case.export:
         policy.export(root / case.export)
+        assert policy.written(wait=True)
     weights = {name: tensor.clone() for name, tensor in policy.named_weights()}
     packs = [[len(pack.segments) for pack in ranks] for update in plan.updates for ranks in update]
     return {

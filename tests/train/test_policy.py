@@ -1,5 +1,6 @@
 """One process: the packed policy against plain transformers, its state, its export, and what it refuses."""
 
+import contextlib
 import dataclasses
 import resource
 
@@ -28,6 +29,23 @@ def step(policy, batch):
     plan = plan_of(batch)
     policy.old_logprobs(batch, plan)
     return [policy.update(batch, plan, u).metrics for u in range(len(batch.updates))]
+
+
+def save(policy, folder):
+    folder.mkdir()
+    policy.save(folder)
+    assert policy.written(wait=True)
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file may grow beyond `limit` bytes: the kernel refuses the write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def weights_of(policy):
@@ -193,8 +211,7 @@ def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path):
     batches = [make_batch(seed=seed) for seed in (1, 2)]
     policy = make_policy(folder)
     step(policy, batches[0])
-    state.mkdir()
-    policy.save(state)
+    save(policy, state)
     random_numbers = torch.rand(3)
     step(policy, batches[1])
     resumed = make_policy(folder)
@@ -212,8 +229,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
         policy.load(tmp_path / "nothing")
     step(policy, make_batch())
-    state.mkdir()
-    policy.save(state)
+    save(policy, state)
     other = make_policy(make_folder(tmp_path / "moe", "moe"), "moe")
     with pytest.raises(CheckpointError, match="does not hold this model's state"):
         other.load(state)
@@ -226,8 +242,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
     policy = make_policy(make_folder(tmp_path / "hf", "dense"))
     (tmp_path / "file").write_text("")
+    policy.save(tmp_path / "file" / "state")
     with pytest.raises(CheckpointError, match=r"could not be written .*rank 0: NotADirectoryError"):
-        policy.save(tmp_path / "file" / "state")
+        policy.written(wait=True)
 
 
 def test_a_state_written_in_the_background_is_that_of_the_call(tmp_path):
@@ -235,9 +252,9 @@ def test_a_state_written_in_the_background_is_that_of_the_call(tmp_path):
     step(policy, make_batch())
     before = weights_of(policy)
     (tmp_path / "state").mkdir()
-    policy.save(tmp_path / "state", background=True)
+    policy.save(tmp_path / "state")
     step(policy, make_batch(seed=1))
-    policy.finish_save()
+    assert policy.written(wait=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
     policy.load(tmp_path / "state")
     assert policy.updates == 2
@@ -247,15 +264,11 @@ def test_a_state_written_in_the_background_is_that_of_the_call(tmp_path):
 def test_a_full_disk_in_the_background_is_reported_when_it_is_asked_for(tmp_path):
     policy = make_policy(make_folder(tmp_path / "hf", "dense"))
     (tmp_path / "state").mkdir()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a file may not grow beyond: like a disk that is full
-    try:
-        policy.save(tmp_path / "state", background=True)
+    with full_disk(20_000):
+        policy.save(tmp_path / "state")
         with pytest.raises(CheckpointError, match=r"could not be written to .*File too large"):
-            policy.finish_save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    policy.finish_save()  # said once
+            policy.written(wait=True)
+    assert policy.written(wait=False)  # said once
     with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
         policy.load(tmp_path / "state")
 
@@ -265,7 +278,8 @@ def test_a_full_disk_in_the_background_is_reported_when_it_is_asked_for(tmp_path
 def test_an_export_is_a_folder_to_go_on_from(kind, tied, tmp_path):
     policy = make_policy(make_folder(tmp_path / "hf", kind, tied=tied), kind)
     step(policy, make_batch(images="none" if kind == "text" else "all"))
-    policy.export(tmp_path / "out")  # compares the logits of plain transformers before it returns
+    policy.export(tmp_path / "out")
+    assert policy.written(wait=True)  # with the logits of plain transformers compared
     again = make_policy(tmp_path / "out", kind)
     expected = weights_of(policy)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.named_weights())
@@ -282,8 +296,27 @@ def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch)
         return ((n, -t.abs() * 1.001 if n.endswith("norm.weight") else t) for n, t in honest(model, dtype))
 
     monkeypatch.setattr(weights, "whole_tensors", flipped)
+    policy.export(tmp_path / "out")
     with pytest.raises(CheckpointError, match="do not use this folder"):
+        policy.written(wait=True)
+
+
+def test_an_export_is_that_of_the_call(tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    before = weights_of(policy)
+    policy.export(tmp_path / "out")
+    step(policy, make_batch())
+    assert policy.written(wait=True)
+    again = make_policy(tmp_path / "out")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.named_weights())
+
+
+def test_a_full_disk_while_exporting_is_reported_when_it_is_asked_for(tmp_path):
+    policy = make_policy(make_folder(tmp_path / "hf", "dense"))
+    with full_disk(20_000):
         policy.export(tmp_path / "out")
+        with pytest.raises(CheckpointError, match=r"export could not be written to .*File too large"):
+            policy.written(wait=True)
 
 
 def test_another_number_of_processes_than_configured_is_refused(tmp_path):
