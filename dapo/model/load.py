@@ -25,9 +25,11 @@ _AUTO = {
     "qwen3_vl": AutoModelForImageTextToText,
     "qwen3_vl_moe": AutoModelForImageTextToText,
     "qwen3": AutoModelForCausalLM,
+    "qwen3_moe": AutoModelForCausalLM,
 }
 EXPERT_SUFFIXES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Fused expert weights: transformers keeps [E, out, in], the hub's files and vLLM [E, in, out]."""
+"""Fused expert weights, [E, out, in] in transformers. The hub's files hold [E, in, out] for Qwen3-VL-MoE, and a tensor per
+expert and projection for Qwen3-MoE (`expert_names`)."""
 
 
 def load_model(
@@ -37,7 +39,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     shard: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
-    """Qwen3-VL (dense or MoE) or text-only Qwen3, with our attention and experts, in training mode.
+    """Qwen3-VL or text-only Qwen3, dense or MoE, with our attention and experts, in training mode.
 
     Args:
         folder: config.json and safetensors files.
@@ -93,11 +95,14 @@ class WeightFiles:
         if missing:
             raise WeightsError(f"{index} names files that are not there: {', '.join(missing)}; fetch the folder again")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
     def read(self, name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
         """Rows of the first dimension of a tensor that must have this shape."""
+        if name not in self._file_of and name.endswith(EXPERT_SUFFIXES):
+            return self._experts(name, shape, rows)
+        if name not in self._file_of:
+            raise WeightsError(
+                f"{self.folder} has no tensor {name}: the weights are partial; fetch the folder again"
+            )
         part = self._open(self._file_of[name]).get_slice(name)
         found = tuple(part.get_shape())
         transposed = (shape[0], *reversed(shape[1:]))
@@ -111,6 +116,15 @@ class WeightFiles:
         tensor: Tensor = part[rows] if shape else part[...]
         return tensor
 
+    def _experts(self, name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
+        """Experts that lie in tensors of their own, as rows of the fused tensor."""
+        experts, out, width = shape
+        chosen = range(*rows.indices(experts))
+        parts = [expert_names(name, expert) for expert in chosen]
+        size = (out // len(parts[0]), width) if parts else ()
+        whole = [torch.cat([self.read(part, size, slice(None)) for part in names]) for names in parts]
+        return torch.stack(whole) if whole else torch.empty(0, out, width)
+
     def _open(self, file: str) -> Any:
         if file not in self._opened:
             try:
@@ -123,6 +137,13 @@ class WeightFiles:
     def _opened(self) -> dict[str, Any]:
         opened: dict[str, Any] = self.__dict__.setdefault("_handles", {})
         return opened
+
+
+def expert_names(fused: str, expert: int) -> tuple[str, ...]:
+    """Names of one expert's tensors in Qwen3-MoE's files, in the order in which the fused tensor holds their rows."""
+    experts, _, last = fused.rpartition(".")
+    parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+    return tuple(f"{experts}.{expert}.{part}.weight" for part in parts)
 
 
 def local_rows(parameter: Tensor) -> slice:
@@ -151,10 +172,7 @@ def _config(folder: Path) -> Any:
 
 def _filled(files: WeightFiles, name: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A real tensor of this rank's rows, in the place of a parameter without memory."""
-    source = name
-    if name not in files:
-        raise WeightsError(f"{files.folder} has no tensor {name}: the weights are partial; fetch the folder again")
-    local = files.read(source, tuple(parameter.shape), local_rows(parameter)).to(device=device, dtype=dtype)
+    local = files.read(name, tuple(parameter.shape), local_rows(parameter)).to(device=device, dtype=dtype)
     if isinstance(parameter, DTensor):
         return DTensor.from_local(
             local,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dapo.errors import CheckpointError
 from dapo.model.layout import PackLayout
-from dapo.model.load import EXPERT_SUFFIXES, WeightFiles
+from dapo.model.load import EXPERT_SUFFIXES, WeightFiles, expert_names
 from dapo.model.network import Network, PackInputs
 from dapo.model.vision import blank_image
 from dapo.train import weights
@@ -75,7 +75,7 @@ def write(folder: Path, source: Path, snapshot: Snapshot) -> None:
     """
     try:
         _copy_companions(source, folder, snapshot.dtype)
-        writer = _Writer(folder)
+        writer = _Writer(folder, experts_apart=snapshot.text_only)
         for name, tensor in snapshot.tensors.items():
             writer.add(name, tensor)
         writer.close()
@@ -85,21 +85,34 @@ def write(folder: Path, source: Path, snapshot: Snapshot) -> None:
 
 
 class _Writer:
-    """Fills safetensors files up to a size, then writes the index."""
+    """Fills safetensors files up to a size, then writes the index.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        experts_apart: a tensor per expert and projection, as Qwen3-MoE's files hold them; else fused and transposed.
+    """
+
+    def __init__(self, folder: Path, *, experts_apart: bool) -> None:
+        self.folder, self.experts_apart = folder, experts_apart
         folder.mkdir(parents=True, exist_ok=True)
         self._waiting: dict[str, Tensor] = {}
         self._bytes = self._total = 0
         self._files: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if name.endswith(EXPERT_SUFFIXES):
-            tensor = tensor.transpose(1, 2)
+        if not name.endswith(EXPERT_SUFFIXES):
+            self._add(name, tensor)
+        elif self.experts_apart:
+            for expert, fused in enumerate(tensor):
+                names = expert_names(name, expert)
+                for part, rows in zip(names, fused.chunk(len(names)), strict=True):
+                    self._add(part, rows.clone())  # safetensors refuses tensors that share memory
+        else:
+            self._add(name, tensor.transpose(1, 2).contiguous())
+
+    def _add(self, name: str, tensor: Tensor) -> None:
         if self._bytes + tensor.nbytes > FILE_BYTES and self._waiting:
             self._flush()
-        self._waiting[name] = tensor.cpu().contiguous()
+        self._waiting[name] = tensor
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
 

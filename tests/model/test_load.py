@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
 def test_weights_and_buffers_equal_those_of_transformers(kind, tied, tmp_path):
     folder = make_folder(tmp_path, kind, tied=tied)
     ours = load_model(folder, device=CPU)
-    auto = AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if kind.startswith("text") else AutoModelForImageTextToText
     plain = auto.from_pretrained(folder, dtype=torch.float32)
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in plain.named_parameters()]
     for (name, found), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
@@ -79,3 +79,12 @@ def test_folders_that_hold_no_model_we_train_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(WeightsError, match=r"'gpt2' model; this trainer knows qwen3_vl"):
         load_model(tmp_path, device=CPU)
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    folder = make_folder(tmp_path, "text-moe")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.experts.4.up_proj.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"no tensor model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight"):
+        load_model(folder, device=CPU)

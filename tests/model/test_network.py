@@ -23,9 +23,9 @@ def banned_mask():
 
 
 def plain_model(folder, kind, dtype):
-    auto = AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if kind.startswith("text") else AutoModelForImageTextToText
     model = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    if kind == "moe":
+    if kind.endswith("moe"):
         model.set_experts_implementation("eager")
     return model
 
@@ -45,7 +45,7 @@ def plain_logprobs(model, processor, prompt, response):
 
 
 @pytest.mark.parametrize("kernel", ["short", "split"])
-@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
 def test_shared_prefix_gradients_equal_separate_sequences(kind, kernel, tmp_path, monkeypatch):
     if kernel == "split":
         monkeypatch.setattr(attention_split, "MAX_CONTEXT", 0)
@@ -54,7 +54,7 @@ def test_shared_prefix_gradients_equal_separate_sequences(kind, kernel, tmp_path
     model, plain = load_model(folder, device=CPU, dtype=dtype), plain_model(folder, kind, dtype)
     processor = TinyProcessor(kind, dtype)
     network = Network(model, TEMPERATURE, banned_mask())
-    batch = make_batch(groups=3, per_update=3, images="none" if kind == "text" else "some")
+    batch = make_batch(groups=3, per_update=3, images="none" if kind.startswith("text") else "some")
     (packs,) = plan_packs(batch, ranks=1, tokens_per_pack=80).updates[0]
     collate = Collator(processor, network, CPU, dtype)
     with exact_float64():
@@ -79,13 +79,13 @@ def test_shared_prefix_gradients_equal_separate_sequences(kind, kernel, tmp_path
             torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
 def test_float32_packs_with_rounded_rows_equal_separate_sequences(kind, tmp_path):
     """Float32 goes through oneDNN with row counts rounded up; float64 above does not."""
     folder = make_folder(tmp_path, kind)
     network = Network(load_model(folder, device=CPU), TEMPERATURE, banned_mask())
     processor, plain = TinyProcessor(kind), plain_model(folder, kind, torch.float32)
-    batch = make_batch(groups=3, per_update=3, images="none" if kind == "text" else "all")
+    batch = make_batch(groups=3, per_update=3, images="none" if kind.startswith("text") else "all")
     (pack,) = plan_packs(batch, ranks=1, tokens_per_pack=500).updates[0][0]
     inputs, targets = Collator(processor, network, CPU, torch.float32)(batch, pack)
     assert len(inputs.token_ids) % ROWS == 0 or not torch.backends.mkldnn.is_available()

@@ -22,7 +22,7 @@ BANNED = (59, IMAGE, START, END, 63)
 
 
 def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -> Path:
-    """A `dense` or `moe` Qwen3-VL or a `text` Qwen3 with lively random weights."""
+    """A `dense` or `moe` Qwen3-VL, a `text` or `text-moe` Qwen3, with lively random weights."""
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -35,8 +35,11 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "tie_word_embeddings": tied,
         "pad_token_id": None,
     }
+    experts = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": []}
     torch.manual_seed(seed)
-    if kind == "text":
+    if kind == "text-moe":
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**text | experts, norm_topk_prob=True))
+    elif kind == "text":
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
     else:
         text["rope_parameters"] = {
@@ -62,7 +65,6 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
             "vision_end_token_id": END,
         }
         if kind == "moe":
-            experts = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": []}
             config = transformers.Qwen3VLMoeConfig(
                 text_config=text | experts, vision_config=vision, tie_word_embeddings=tied, **ids
             )
@@ -78,9 +80,25 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     state = {name: p.detach() for name, p in model.named_parameters()}
-    hub = {n: p.transpose(1, 2).contiguous() if n.endswith(EXPERT_SUFFIXES) else p for n, p in state.items()}
-    save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(hub_tensors(state, kind), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def hub_tensors(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Experts as the hub's files hold them: transposed for Qwen3-VL-MoE, one by one for Qwen3-MoE."""
+    if kind == "moe":
+        return {n: p.transpose(1, 2).contiguous() if n.endswith(EXPERT_SUFFIXES) else p for n, p in state.items()}
+    hub = {}
+    for name, tensor in state.items():
+        experts, _, part = name.rpartition(".")
+        if not name.endswith(EXPERT_SUFFIXES):
+            hub[name] = tensor
+        elif part == "gate_up_proj":
+            for i, (gate, up) in enumerate(expert.chunk(2) for expert in tensor):
+                hub |= {f"{experts}.{i}.gate_proj.weight": gate.clone(), f"{experts}.{i}.up_proj.weight": up.clone()}
+        else:
+            hub |= {f"{experts}.{i}.down_proj.weight": down.clone() for i, down in enumerate(tensor)}
+    return hub
 
 
 class TinyProcessor:
@@ -91,7 +109,7 @@ class TinyProcessor:
     banned_token_ids = BANNED
 
     def __init__(self, kind: str = "dense", dtype: torch.dtype = torch.float32) -> None:
-        self.image_token_id = None if kind == "text" else IMAGE
+        self.image_token_id = None if kind.startswith("text") else IMAGE
         self.dtype = dtype
 
     def vision_inputs(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

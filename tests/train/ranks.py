@@ -40,7 +40,7 @@ class Case:
     """0: FSDP per block, as large models have it; the default value of the code puts these models in one piece."""
 
     def make_batch(self) -> Any:
-        return make_batch(**{"images": "none" if self.kind == "text" else "some"} | self.batch)
+        return make_batch(**{"images": "none" if self.kind.startswith("text") else "some"} | self.batch)
 
     def make_folder(self, root: Path) -> Path:
         folder = root / f"{self.kind}{'-tied' if self.tied else ''}"

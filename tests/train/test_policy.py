@@ -52,11 +52,11 @@ def weights_of(policy):
     return {name: tensor.clone() for name, tensor in policy.named_weights()}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
 def test_a_step_equals_plain_transformers_in_one_process(kind, tmp_path):
     folder = make_folder(tmp_path, kind)
     config = run_config()
-    batch = make_batch(images="none" if kind == "text" else "some")
+    batch = make_batch(images="none" if kind.startswith("text") else "some")
     expected, weights = reference_run(folder, kind, batch, config)
     policy = make_policy(folder, kind, config, torch.float64)
     with exact_float64():
@@ -274,10 +274,10 @@ def test_a_full_disk_in_the_background_is_reported_when_it_is_asked_for(tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "moe", "text"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
 def test_an_export_is_a_folder_to_go_on_from(kind, tied, tmp_path):
     policy = make_policy(make_folder(tmp_path / "hf", kind, tied=tied), kind)
-    step(policy, make_batch(images="none" if kind == "text" else "all"))
+    step(policy, make_batch(images="none" if kind.startswith("text") else "all"))
     policy.export(tmp_path / "out")
     assert policy.written(wait=True)  # with the logits of plain transformers compared
     again = make_policy(tmp_path / "out", kind)

@@ -10,7 +10,7 @@ from tests.train.ranks import Case, run_ranks
 from tests.train.reference import reference_run, run_config
 
 BATCH = {"groups": 4, "per_update": 2, "size": 3}
-KINDS = ("dense", "moe", "text")
+KINDS = ("dense", "moe", "text", "text-moe")
 EXTRAS = {
     "plain": {},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
@@ -32,7 +32,7 @@ def table(world: int) -> dict[str, Case]:
 
 SLOW = {
     1: ("fsdp sp1 packed dense plain", "fsdp sp1 shared moe checkpointing"),
-    2: ("fsdp sp1 packed dense offload", "hsdp sp1 shared text plain", "fsdp sp2 packed moe checkpointing"),
+    2: ("fsdp sp1 packed dense offload", "hsdp sp1 shared text-moe plain", "fsdp sp2 packed moe checkpointing"),
     4: (
         "fsdp sp1 shared dense plain",
         "hsdp sp1 packed moe checkpointing",
