@@ -58,6 +58,9 @@ class ParallelConfig(Frozen):
     sequence_parallel: Count = 1
     """Ulysses ranks per sequence; must divide the attention heads."""
     reshard_after_forward: bool = True
+    offload_parameters: bool = False
+    """Keep the master weights in host memory, and with them AdamW's state and update; each block comes to the device
+    for its passes. Slow; for models that do not fit otherwise."""
     offload_optimizer: bool = False
     """Keep AdamW's state in host memory."""
     offload_reference: bool = True

@@ -36,6 +36,7 @@ def load_model(
     folder: Path,
     *,
     device: torch.device,
+    home: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     shard: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
@@ -43,6 +44,8 @@ def load_model(
 
     Args:
         folder: config.json and safetensors files.
+        device: where the model computes.
+        home: where its parameters are put, if elsewhere: in host memory, for FSDP to bring them.
         dtype: of the parameters (the master weights, not the compute dtype).
         shard: is given the model without memory and may make its parameters DTensors (`fully_shard`).
 
@@ -67,7 +70,7 @@ def load_model(
     placed: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in placed:  # tied weights are one parameter under two names
-            placed[id(parameter)] = nn.Parameter(_filled(files, name, parameter, device, dtype))
+            placed[id(parameter)] = nn.Parameter(_filled(files, name, parameter, home or device, dtype))
         state[name] = placed[id(parameter)]
     model.load_state_dict(state, strict=False, assign=True)
     _fill_buffers(model, device)
@@ -100,9 +103,7 @@ class WeightFiles:
         if name not in self._file_of and name.endswith(EXPERT_SUFFIXES):
             return self._experts(name, shape, rows)
         if name not in self._file_of:
-            raise WeightsError(
-                f"{self.folder} has no tensor {name}: the weights are partial; fetch the folder again"
-            )
+            raise WeightsError(f"{self.folder} has no tensor {name}: the weights are partial; fetch the folder again")
         part = self._open(self._file_of[name]).get_slice(name)
         found = tuple(part.get_shape())
         transposed = (shape[0], *reversed(shape[1:]))
@@ -170,19 +171,16 @@ def _config(folder: Path) -> Any:
     return config
 
 
-def _filled(files: WeightFiles, name: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> Tensor:
+@torch.no_grad()
+def _filled(files: WeightFiles, name: str, parameter: nn.Parameter, home: torch.device, dtype: torch.dtype) -> Tensor:
     """A real tensor of this rank's rows, in the place of a parameter without memory."""
-    local = files.read(name, tuple(parameter.shape), local_rows(parameter)).to(device=device, dtype=dtype)
-    if isinstance(parameter, DTensor):
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    return local
+    rows = files.read(name, tuple(parameter.shape), local_rows(parameter))
+    if not isinstance(parameter, DTensor):
+        return rows.to(device=home, dtype=dtype)
+    # Not by DTensor.from_local: that would move the rows to the mesh's device.
+    sharded: DTensor = torch.empty_like(parameter, dtype=dtype, device=home)
+    sharded.to_local().copy_(rows)
+    return sharded
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

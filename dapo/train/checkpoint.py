@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from dapo.errors import CheckpointError
 from dapo.train.parallel import Layout
@@ -38,7 +37,8 @@ class Saver:
             # Its collectives run beside the training's, so they need a group of their own.
             self._group = dist.new_group(backend="gloo")
         state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._layout)
-        return {name: _host_copy(tensor) for name, tensor in state.items()}
+        # Not by DTensor.from_local: that would move the copy to the mesh's device again.
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         """Write a copy; in any thread.
@@ -112,15 +112,6 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
         for part, tensor in optimizer.state.get(parameter, {}).items():
             state[f"optimizer/{name}/{part}"] = tensor
     return state
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    local = tensor.to_local().detach().to("cpu", copy=True)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
 
 
 def _rng_state(layout: Layout) -> dict[str, Tensor]:

@@ -61,10 +61,12 @@ class FsdpPolicy:
         self.compute_dtype = master_dtype if wanted == torch.float32 else wanted
         mixed = self.compute_dtype != master_dtype
         self.layout = parallel.join(config.model.parallel, kind, self.device, rank, world, mixed)
+        host, spread = torch.device("cpu"), config.model.parallel
+        self._weights_home = host if spread.offload_parameters else self.device
+        self._moments_home = host if spread.offload_optimizer else self._weights_home
         self.network = self._load(folder, master_dtype)
-        offload = config.model.parallel.offload_optimizer
-        self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer, streamed=offload)
-        self._moments_home = torch.device("cpu") if offload else self.device
+        streamed = spread.offload_optimizer and not spread.offload_parameters
+        self.optimizer = optim.make_optimizer(self.network.model, config.model.optimizer, streamed=streamed)
         self.routers = RouterLoad(self.network.model)
         self.updates = 0
         """Optimiser updates made so far in the run."""
@@ -91,11 +93,17 @@ class FsdpPolicy:
                 network.visual.requires_grad_(False)
             if trained and self.config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            reshard = self.config.model.parallel.reshard_after_forward
-            parallel.shard_network(network, self.layout, self.compute_dtype, reshard)
+            parallel.shard_network(
+                network,
+                self.layout,
+                self.compute_dtype,
+                reshard_after_forward=self.config.model.parallel.reshard_after_forward,
+                offload=trained and self.config.model.parallel.offload_parameters,
+            )
             networks.append(network)
 
-        load_model(folder, device=self.device, dtype=dtype, shard=shard)
+        home = self._weights_home if trained else self.device
+        load_model(folder, device=self.device, home=home, dtype=dtype, shard=shard)
         return networks[0]
 
     # ---- log-probabilities ------------------------------------------------------------------------------------------
@@ -204,7 +212,7 @@ class FsdpPolicy:
         rate = optim.learning_rate(config, self.updates + 1)
         if finite:
             optim.clip_gradients(parameters, norm, config.max_grad_norm)
-            optim.step(self.optimizer, rate, self._moments_home, self.device)
+            optim.step(self.optimizer, rate, self._moments_home, self._weights_home)
             self.updates += 1
         else:
             log.error("update skipped: the gradient norm is %s", norm)

@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, streamed: bool 
 
 
 def step(optimizer: torch.optim.AdamW, rate: float, home: torch.device, device: torch.device) -> None:
-    """One update at this rate; moments live on `home` and are worked on where the weights are."""
+    """One update at this rate; moments live on `home` and are worked on where the weights are (`device`)."""
     groups = optimizer.param_groups
     for group in groups:
         group["lr"] = rate

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dapo.config.model import ParallelConfig
 from dapo.device import BACKENDS, Kind
@@ -83,14 +83,15 @@ def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, wo
     """Join the process group (address and port from the environment) and build the mesh.
 
     Args:
-        mixed: compute dtype and master dtype differ; then even one process is sharded, for the casts FSDP does.
+        mixed: compute dtype and master dtype differ; then even one process is sharded, for the casts FSDP does. So it is
+            with offloaded parameters, for the moves.
 
     Raises:
         ConfigError: the configured sizes do not fit the number of processes.
     """
     if world != config.world_size:
         raise ConfigError(f"model.parallel.world_size={config.world_size}, but {world} training processes were started")
-    if world == 1 and not mixed:
+    if world == 1 and not mixed and not config.offload_parameters:
         return Layout(rank, world, device, None)
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
@@ -122,10 +123,15 @@ def _sequence_group(size: int, kind: Kind, rank: int, world: int) -> SequenceGro
     return SequenceGroup(mesh.get_group("sequence"), rank % size, size)
 
 
-def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def shard_network(
+    network: Network, layout: Layout, compute_dtype: torch.dtype, *, reshard_after_forward: bool, offload: bool
+) -> None:
     """FSDP2 for each block, for the vision tower and for what is left (embeddings, norm, head); sums gradients.
 
     Blocks too small to be worth a collective of their own are sharded together with what is left.
+
+    Args:
+        offload: the shards live in host memory, and so do their gradients.
     """
     if layout.mesh is None:
         return
@@ -134,6 +140,8 @@ def shard_network(network: Network, layout: Layout, compute_dtype: torch.dtype, 
         param_dtype=None if compute_dtype == first.dtype else compute_dtype, reduce_dtype=first.dtype
     )
     options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
     text: Any = network.text
     visual: Any = network.visual
     towers = [] if visual is None else [*visual.blocks, visual]

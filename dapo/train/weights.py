@@ -44,7 +44,7 @@ def _gather(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[t
     ranks = mesh.size(axis)
     rows = [-(-tensor.shape[0] // ranks) for _, tensor in bucket]
     widths = [n * (t.numel() // t.shape[0]) for n, (_, t) in zip(rows, bucket, strict=True)]
-    own = torch.zeros(sum(widths), dtype=dtype, device=bucket[0][1].to_local().device)
+    own = torch.zeros(sum(widths), dtype=dtype, device=mesh.device_type)  # shards may live in host memory
     for part, (_, tensor) in zip(own.split(widths), bucket, strict=True):
         local = tensor.to_local().to(dtype).flatten()
         part[: local.numel()] = local  # the last ranks may have fewer rows, or none

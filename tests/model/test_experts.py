@@ -3,9 +3,11 @@
 import pytest
 import torch
 from transformers import Qwen3VLMoeTextConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
-from dapo.model.experts import RouterLoad, loop_experts, router_metrics
+from dapo.device import torch_device
+from dapo.model.experts import EXPERTS, RouterLoad, loop_experts, npu_experts, router_metrics
 from dapo.model.linear import uses_onednn
 
 
@@ -16,19 +18,53 @@ def test_values_and_gradients_equal_those_of_transformers(tokens, dtype, toleran
     config = Qwen3VLMoeTextConfig(
         hidden_size=16, moe_intermediate_size=12, num_experts=5, num_experts_per_tok=2, num_attention_heads=2
     )
+    compare(config, tokens, dtype, tolerance, None, loop_experts)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_the_grouped_products_of_cuda_equal_the_loop(dtype, tolerance):
+    """The path that GPUs take, on torch's kernel for CPU (its rows must be 16 bytes or multiples)."""
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, num_attention_heads=2
+    )
+    assert EXPERTS["cuda"] == "grouped_mm"
+    compare(config, 40, dtype, tolerance, loop_experts, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-2), (torch.bfloat16, 2e-2)])
+def test_grouped_products_on_a_gpu_equal_the_loop(dtype, tolerance):
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=64, moe_intermediate_size=96, num_experts=5, num_experts_per_tok=2, num_attention_heads=2
+    )
+    compare(config, 200, dtype, tolerance, None, ALL_EXPERTS_FUNCTIONS["grouped_mm"], "cuda")
+
+
+@pytest.mark.npu
+def test_grouped_products_on_an_npu_equal_the_loop():
+    torch_device("npu")
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=64, moe_intermediate_size=96, num_experts=5, num_experts_per_tok=2, num_attention_heads=2
+    )
+    compare(config, 200, torch.bfloat16, 2e-2, None, npu_experts, "npu")
+
+
+def compare(config, tokens, dtype, tolerance, first, second, device="cpu"):
+    """Values and gradients of two expert functions; None: transformers' own loop."""
     config._experts_implementation = "eager"
-    experts = Qwen3VLMoeTextExperts(config).to(dtype)
+    width = config.hidden_size
+    experts = Qwen3VLMoeTextExperts(config).to(device, dtype)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    hidden = torch.randn(tokens, 16, dtype=dtype)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])  # expert 4 gets nothing
-    weights = torch.rand(tokens, 2, dtype=dtype)
+    hidden = torch.randn(tokens, width).to(device, dtype)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]).to(device)  # expert 4 gets nothing
+    weights = torch.rand(tokens, 2).to(device, dtype)
     results = []
-    for function in (experts, lambda *args: loop_experts(experts, *args)):
+    for function in (first, second):
         x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
         experts.zero_grad()
-        out = function(x, index, w)
-        out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out))
+        out = experts(x, index, w) if function is None else function(experts, x, index, w)
+        out.backward(torch.linspace(-1, 1, out.numel()).to(out).view_as(out))
         results.append((out, x.grad, w.grad, experts.gate_up_proj.grad, experts.down_proj.grad))
     for expected, found in zip(*results, strict=True):
         scale = max(1.0, float(expected.detach().abs().max()))

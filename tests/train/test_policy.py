@@ -351,3 +351,22 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_float32_weights(tmp_path)
         policy.close()
     assert entropies[1] == pytest.approx(entropies[0], abs=0.05)
     assert entropies[1] != entropies[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_parameters_train_and_are_saved_as_others_are(tmp_path, checkpointing):
+    """One process, sharded for the moves; on CPU nothing moves, but all of FSDP's offloading runs."""
+    folder = make_folder(tmp_path / "hf", "dense")
+    results = []
+    for offloaded in (False, True):
+        tree = {"model": {"gradient_checkpointing": checkpointing}}
+        policy = make_policy(folder, config=run_config(tree, offload_parameters=offloaded))
+        step(policy, make_batch())
+        save(policy, tmp_path / f"state-{offloaded}")
+        step(policy, make_batch(seed=1))
+        policy.load(tmp_path / "state-False")  # also by the policy that keeps its own elsewhere
+        step(policy, make_batch(seed=2))
+        results.append(weights_of(policy))
+        policy.close()
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=0, atol=2e-5, msg=name)

@@ -16,6 +16,7 @@ CASES = {
     "tied": Case("text", tied=True, batch=BATCH),
     "text-only": Case("dense", batch={**BATCH, "images": "none"}),
     "checkpointing": Case("dense", {"model": {"gradient_checkpointing": True}}, batch=BATCH),
+    "offload": Case("dense", parallel={"offload_parameters": True}, batch=BATCH, save="offloaded"),
     "ulysses": Case("dense", parallel={"sequence_parallel": 2}, batch=BATCH),
     "ulysses moe": Case("moe", {"model": {"gradient_checkpointing": True}}, {"sequence_parallel": 2}, BATCH),
     "one piece": Case("dense", batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),

@@ -15,6 +15,7 @@ EXTRAS = {
     "plain": {},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "offload": {"model": {"parallel": {"offload_optimizer": True}}},
+    "offload all": {"model": {"gradient_checkpointing": True, "parallel": {"offload_parameters": True}}},
 }
 
 
@@ -31,7 +32,7 @@ def table(world: int) -> dict[str, Case]:
 
 
 SLOW = {
-    1: ("fsdp sp1 packed dense plain", "fsdp sp1 shared moe checkpointing"),
+    1: ("fsdp sp1 packed dense plain", "fsdp sp1 shared dense offload all", "fsdp sp1 shared moe checkpointing"),
     2: ("fsdp sp1 packed dense offload", "hsdp sp1 shared text-moe plain", "fsdp sp2 packed moe checkpointing"),
     4: (
         "fsdp sp1 shared dense plain",
@@ -40,6 +41,7 @@ SLOW = {
         "hsdp sp2 packed text plain",
         "fsdp sp4 shared moe plain",
         "hsdp sp4 packed dense offload",
+        "hsdp sp2 shared moe offload all",
     ),
 }
 
