@@ -28,8 +28,8 @@ _AUTO = {
     "qwen3_moe": AutoModelForCausalLM,
 }
 EXPERT_SUFFIXES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Fused expert weights, [E, out, in] in transformers. The hub's files hold [E, in, out] for Qwen3-VL-MoE, and a tensor per
-expert and projection for Qwen3-MoE (`expert_names`)."""
+"""Fused expert weights, [E, out, in] in transformers. The hub's files hold [E, in, out] for Qwen3-VL-MoE, and a tensor
+per expert and projection for Qwen3-MoE (`expert_names`)."""
 
 
 def load_model(

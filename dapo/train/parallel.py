@@ -83,8 +83,8 @@ def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, wo
     """Join the process group (address and port from the environment) and build the mesh.
 
     Args:
-        mixed: compute dtype and master dtype differ; then even one process is sharded, for the casts FSDP does. So it is
-            with offloaded parameters, for the moves.
+        mixed: compute dtype and master dtype differ; then even one process is sharded, for the casts FSDP does. So
+            it is with offloaded parameters, for the moves.
 
     Raises:
         ConfigError: the configured sizes do not fit the number of processes.
