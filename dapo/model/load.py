@@ -178,9 +178,10 @@ def _filled(files: WeightFiles, name: str, parameter: nn.Parameter, home: torch.
     if not isinstance(parameter, DTensor):
         return rows.to(device=home, dtype=dtype)
     # Not by DTensor.from_local: that would move the rows to the mesh's device.
-    sharded: DTensor = torch.empty_like(parameter, dtype=dtype, device=home)
+    sharded: Any = torch.empty_like(parameter, dtype=dtype, device=home)
     sharded.to_local().copy_(rows)
-    return sharded
+    filled: Tensor = sharded
+    return filled
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
