@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dapo import lifecycle
+from dapo import lifecycle, services
 from dapo.errors import ConfigError, DapoError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -78,6 +78,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     reward.set_defaults(command=_reward)
 
     lifecycle.add_commands(commands)
+    services.add_commands(commands)
     return parser
 
 

@@ -7,6 +7,7 @@ prefect deployment run dapo/geo3k-tiny      by a Prefect worker
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from prefect import Flow, flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from dapo.config import io
 from dapo.config.run import RunConfig
@@ -86,11 +88,12 @@ def dapo(
         cluster.result()
     validate_environment(run, "inputs", data, weights, on_cluster=to_train)
     status = train(run, data, weights)
+    if status not in ("finished", "stopped"):
+        return Cancelled(message=status)
     report(run)
     return stopped(run) if status == "stopped" else status
 
 
 if __name__ == "__main__":
-    from dapo.cli import main
-
-    sys.exit(main(["run", *sys.argv[1:]], prog="python -m flows.dapo"))
+    # Another interpreter: in this one Prefect has read its settings, before the server of a run here was chosen.
+    os.execv(sys.executable, [sys.executable, "-m", "dapo.cli", "run", *sys.argv[1:]])

@@ -26,8 +26,10 @@ from dapo.errors import TrainingError
 from dapo.observe import manifest
 from dapo.observe.journal import Event, follow, read
 from dapo.observe.layout import RunFolder
+from dapo.runtime.turn import Ahead
 from tasks.progress import ProgressBar, Stage, tell
 from tasks.record import alarm_raised, log_checkpoint, record_validation
+from tasks.turn import GaveUp, Turn
 from tasks.watch import CancelWatcher, LogStream
 
 STOP_GRACE_S = 25.0
@@ -36,7 +38,7 @@ STOP_GRACE_S = 25.0
 
 @task(task_run_name="train-{config.name}", cache_policy=NO_CACHE, persist_result=False)
 def train(config: RunConfig, data: str, weights: str) -> str:
-    """Train to the configured end; returns `finished` or `stopped`.
+    """Train to the configured end; returns `finished`, `stopped`, or why it gave up before it was its turn.
 
     Call it directly (not `.submit`): then signals and time limits reach it in the main thread.
 
@@ -60,6 +62,7 @@ def train(config: RunConfig, data: str, weights: str) -> str:
     folder = make_folder(config, Path(data), Path(weights))
     records = _Records(folder, config)
     shipper = Shipper(folder, config).start()
+    turn = Turn()
     try:
         if job is None:
             log.info("skipped: %s finished step %d, and nothing that decides it has changed", folder.id, end)
@@ -68,13 +71,17 @@ def train(config: RunConfig, data: str, weights: str) -> str:
                 records.take(event, offset)
             return "finished"
         while True:
-            words = "submitted %s to %s" if job.start() else "%s runs already on %s; it is followed"
+            with turn:
+                submitted = job.start(turn)
+            words = "submitted %s to %s" if submitted else "%s runs already on %s; it is followed"
             log.info(words, job.id, job.cluster.address)
-            status = _follow(job, records, log)
+            status = _follow(job, records, turn, log)
             asked = _steps_asked_of_newest_attempt(folder)
             if status == "stopped" or asked >= config.train.steps:
                 return status
             log.info("that job was asked for %d steps; now it is %d", asked, config.train.steps)
+    except GaveUp as told:
+        return str(told)
     finally:
         records.finish()
         if not shipper.close():
@@ -146,7 +153,7 @@ def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
     return folder
 
 
-def _follow(job: Any, records: _Records, log: Any) -> str:
+def _follow(job: Any, records: _Records, turn: Turn, log: Any) -> str:
     """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
     stream = LogStream(records.folder.job_log, log)
     stop = _Stop(job)
@@ -158,7 +165,8 @@ def _follow(job: Any, records: _Records, log: Any) -> str:
                 stop.press("the flow run was cancelled")
 
         try:
-            return _take_all(job, records, idle, watch.cancelled.is_set)
+            with turn:
+                return _take_all(job, records, idle, watch.cancelled.is_set, turn)
         except KeyboardInterrupt:
             _take_all(job, records, lambda: stop.press("interrupted by the user"), lambda: True)
             raise
@@ -171,9 +179,15 @@ def _follow(job: Any, records: _Records, log: Any) -> str:
             job.keep_output()
 
 
-def _take_all(job: Any, records: _Records, idle: Callable[[], None], asked_to_stop: Callable[[], bool]) -> str:
+def _take_all(
+    job: Any,
+    records: _Records,
+    idle: Callable[[], None],
+    asked_to_stop: Callable[[], bool],
+    waiting: Callable[[Ahead], None] = lambda ahead: None,
+) -> str:
     status = "stopped"
-    for event, offset in job.follow(records.offset, idle, asked_to_stop):
+    for event, offset in job.follow(records.offset, idle, asked_to_stop, waiting):
         records.take(event, offset)
         if event.kind == "ended":
             status = str(event.data["status"])

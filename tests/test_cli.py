@@ -35,7 +35,9 @@ def refused(capsys, *words: str) -> str:
     return told
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["doctor"], ["report"], ["status"], ["reward", "test"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan"], ["doctor"], ["report"], ["status"], ["reward", "test"], ["up"], ["down"]]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])
@@ -45,17 +47,17 @@ def test_every_command_explains_itself(command, capsys):
     assert len(told.splitlines()) > 5
 
 
-def test_module_of_the_flow_explains_itself_and_loads_neither_torch_nor_ray():
-    code = (
-        "import runpy, sys; sys.argv = ['flows.dapo', '--help']\n"
-        "try: runpy.run_module('flows.dapo', run_name='__main__')\n"
-        "finally: print([m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert "usage: python -m flows.dapo" in done.stdout
-    assert done.stdout.rstrip().endswith("[]")
+def test_module_of_the_flow_explains_itself():
+    command = [sys.executable, "-m", "flows.dapo", "--help"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert "usage: dapo run" in subprocess.run(command, capture_output=True, text=True, env=env).stdout
+
+
+def test_importing_the_flow_loads_neither_torch_nor_ray():
+    code = "import flows.dapo, sys; print([m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.rstrip().endswith("[]"), done.stderr
 
 
 def test_typo_in_a_key_names_the_nearest(capsys):

@@ -92,7 +92,8 @@ class Shipper:
         """Ship the rest; False where MLflow did not answer in time (what is missing is shipped by the next start)."""
         self._end.set()
         self._thread.join(wait_s)
-        return not self._thread.is_alive() and self._state["offset"] == self.folder.journal.stat().st_size
+        written = self.folder.journal.stat().st_size if self.folder.journal.exists() else 0  # none: it never began
+        return not self._thread.is_alive() and self._state["offset"] == written
 
     def ship(self) -> int:
         """Send what is new; returns how many events. Raises whatever MLflow raises when it is away."""

@@ -24,9 +24,11 @@ from pathlib import Path
 
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
+from dapo.observe.layout import run_id
 from dapo.runtime import processes
 from dapo.runtime.dashboard import Dashboard, DashboardAway
 from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.turn import live_trainings
 
 START_DEADLINE_S = 120.0
 _OBJECT_STORE_BYTES = 200_000_000  # weights do not pass through it on one machine; Ray's default takes 30 % of memory
@@ -121,10 +123,25 @@ def leave(config: RunConfig) -> list[processes.Process]:
         if head is None or _user not in head.users:
             return []
         others = tuple(pid for pid in _living(head, None) if pid != _user)
-        if others:
+        if others or _training(place, head, besides=run_id(config)):
             _remember(place, replace(head, users=others))
             return []
         return _end(place, head)
+
+
+def end_unused(config: RunConfig) -> list[int]:
+    """End the local head of `run_root` unless a living process or a training uses it; returns those processes."""
+    place = state_folder(config)
+    if not place.is_dir():
+        return []
+    with _locked(place):
+        head = _remembered(place)
+        if head is None:
+            return []
+        users = list(_living(head, None))
+        if not users and not _training(place, head):
+            _end(place, head)
+        return users
 
 
 def stop_local(config: RunConfig) -> list[processes.Process]:
@@ -234,6 +251,15 @@ def _end(place: Path, head: LocalHead) -> list[processes.Process]:
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     (place / "head.json").unlink(missing_ok=True)
     return left
+
+
+def _training(place: Path, head: LocalHead, besides: str = "") -> bool:
+    """Whether a training but this run's own is on it: one that a worker's flow began, for example."""
+    dashboard = _answers(place, head)
+    try:
+        return dashboard is not None and any(j["metadata"]["run"] != besides for j in live_trainings(dashboard))
+    except DashboardAway:
+        return False
 
 
 def _living(head: LocalHead, besides: int | None) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progr
     from dapo.runtime.dashboard import TERMINAL, DashboardAway, UnknownJob
     from dapo.runtime.training import TrainingJob
 
-    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB))
+    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB), kind="evaluation")
     job.start()
 
     def ended() -> bool:

@@ -44,7 +44,7 @@ def family(mark: str) -> list[Process]:
     A process that renames itself (Ray's workers do) loses its environment from view; its session or parent tells.
     """
     everybody = [p for entry in _PROC.iterdir() if entry.name.isdigit() and (p := look(int(entry.name)))]
-    ours = {p.pid for p in everybody if p.pid != os.getpid() and _carries(p.pid, mark.encode())}
+    ours = {p.pid for p in everybody if p.pid != os.getpid() and carries(p.pid, mark)}
     own_session = os.getsid(0)
     sessions = {p.session for p in everybody if p.pid in ours} - {own_session}
     ours |= {p.pid for p in everybody if p.session in sessions}
@@ -53,6 +53,21 @@ def family(mark: str) -> list[Process]:
         size = len(ours)
         ours |= {p.pid for p in everybody if p.parent in ours}
     return [p for p in everybody if p.pid in ours and p.pid != os.getpid()]
+
+
+def session(leader: int, mark: str) -> list[Process]:
+    """Processes of the session that `leader` began, each with `mark` in its environment or command line."""
+    everybody = [p for entry in _PROC.iterdir() if entry.name.isdigit() and (p := look(int(entry.name)))]
+    return [p for p in everybody if p.session == leader and carries(p.pid, mark)]
+
+
+def carries(pid: int, mark: str) -> bool:
+    """Whether a process has `mark` in its environment or command line; False where we may not look."""
+    for name in ("environ", "cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if mark.encode() in (_PROC / str(pid) / name).read_bytes():
+                return True
+    return False
 
 
 def end(processes: list[Process], grace_s: float = 5.0) -> list[Process]:
@@ -72,14 +87,6 @@ def end_family(mark: str, grace_s: float = 5.0) -> list[Process]:
             return []
         end(members, grace_s)
     return family(mark)
-
-
-def _carries(pid: int, mark: bytes) -> bool:
-    for name in ("environ", "cmdline"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            if mark in (_PROC / str(pid) / name).read_bytes():
-                return True
-    return False
 
 
 def _signal(processes: list[Process], number: signal.Signals) -> None:

@@ -20,6 +20,7 @@ from dapo.observe.layout import RunFolder
 from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
 from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.turn import TRAINING, Ahead, ahead, looking
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ POLL_S = 0.5
 STATUS_EVERY_S = 3.0
 SILENCE_S = 600.0
 LEAVE_S = 60.0
+TURN_EVERY_S = 2.0
 BACK_OFF_S = (5.0, 30.0, 120.0)
 # What is written into the code or the configuration is there again after a restart.
 _LASTING = {"ConfigError", "DataError", "WeightsError", "EnvironmentCheckError", "RewardError", "StarvationError"}
@@ -43,6 +45,7 @@ class TrainingJob:
         config: `ray.env`, `ray.restarts`.
         entrypoint: arguments of the Python that is started with the run folder behind them.
         back_off_s: pauses before the first, second, ... restart; the last one repeats.
+        kind: `training` waits until no other training runs on the cluster; any other kind does not wait.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class TrainingJob:
         *,
         entrypoint: Sequence[str] = ENTRYPOINT,
         back_off_s: Sequence[float] = BACK_OFF_S,
+        kind: str = TRAINING,
     ) -> None:
         self.cluster, self.run, self.config = cluster, run, config
         self.entrypoint, self.back_off_s = tuple(entrypoint), tuple(back_off_s)
+        self.kind = kind
         self.id = ""
         self._fence = 0  # an `ended` event before this place in the journal is an earlier attempt's
 
@@ -64,8 +69,31 @@ class TrainingJob:
         live = [job["submission_id"] for job in self._jobs() if job["status"] not in TERMINAL]
         return live[0] if live else None
 
-    def start(self) -> bool:
-        """Submit the next attempt, or take over the one that runs; True where it was submitted."""
+    def start(self, waiting: Callable[[Ahead], None] = lambda ahead: None) -> bool:
+        """Submit the next attempt, or take over the one that runs; True where it was submitted.
+
+        Args:
+            waiting: called every `TURN_EVERY_S` seconds while another training has the cluster; raises to give up.
+        """
+        away_since: float | None = None
+        while True:
+            try:
+                with looking(self.config):
+                    other = ahead(self.cluster, self.run) if self.kind == TRAINING else None
+                    if other is None:
+                        return self._start()
+                away_since = None
+                waiting(other)
+            except DashboardAway as away:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > SILENCE_S:
+                    raise
+                log.warning("%s; asked again", away)
+                if self.cluster.local:  # it may have ended with the training that we waited for
+                    self.cluster = connect(self.config)
+            time.sleep(TURN_EVERY_S)
+
+    def _start(self) -> bool:
         found = self.running()
         waited_until = time.monotonic() + LEAVE_S
         while found and ended(self.run) is not None and time.monotonic() < waited_until:
@@ -84,7 +112,7 @@ class TrainingJob:
         try:
             if self.cluster.local:
                 command = f"cd {shlex.quote(str(Path.cwd()))} && exec {self._command(sys.executable)}"
-                self.cluster.submit(self.id, command, env, {"run": self.run.id})
+                self.cluster.submit(self.id, command, env, self._metadata())
             else:
                 self._submit_with_code(env)
         except AlreadySubmitted:
@@ -92,7 +120,11 @@ class TrainingJob:
         return True
 
     def follow(
-        self, offset: int = 0, idle: Callable[[], None] = lambda: None, asked_to_stop: Callable[[], bool] = bool
+        self,
+        offset: int = 0,
+        idle: Callable[[], None] = lambda: None,
+        asked_to_stop: Callable[[], bool] = bool,
+        waiting: Callable[[Ahead], None] = lambda ahead: None,
     ) -> Iterator[tuple[Event, int]]:
         """Events from `offset` on, each with the offset behind it, to the end of the run.
 
@@ -102,6 +134,7 @@ class TrainingJob:
             offset: where reading begins; earlier attempts' events are given too.
             idle: called between looks at the journal, at least every `POLL_S` seconds.
             asked_to_stop: then a job that is gone is not started again.
+            waiting: as in `start`, where another training took the cluster before a restart.
 
         Raises:
             TrainingError: the job failed for a lasting reason, or crashed too often.
@@ -116,7 +149,7 @@ class TrainingJob:
                         return
                     if not self._worth_another_try(event.data, restarts):
                         raise TrainingError(f"training failed: {event.data['reason']}. Log: {self.run.job_log}")
-                    restarts = self._again(restarts, event.data["reason"], idle)
+                    restarts = self._again(restarts, event.data["reason"], idle, waiting)
             idle()
             if time.monotonic() - asked_at > STATUS_EVERY_S:
                 gone = self._gone()
@@ -130,7 +163,7 @@ class TrainingJob:
                             f"(ray.restarts={self.config.ray.restarts}). Log: {self.run.job_log}; `dapo run` again "
                             "continues from the last checkpoint"
                         )
-                    restarts = self._again(restarts, gone, idle)
+                    restarts = self._again(restarts, gone, idle, waiting)
             if time.monotonic() - last_word > SILENCE_S:
                 last_word = time.monotonic()
                 log.warning("no news from %s for %.0f s; its log: %s", self.id, SILENCE_S, self.run.job_log)
@@ -170,7 +203,7 @@ class TrainingJob:
             log.warning("job %s still waits in the cluster: %s", self.id, job.get("message", ""))
         return f"{job['status']}: {job.get('message', '')}" if job["status"] in TERMINAL else None
 
-    def _again(self, restarts: int, reason: str, idle: Callable[[], None]) -> int:
+    def _again(self, restarts: int, reason: str, idle: Callable[[], None], waiting: Callable[[Ahead], None]) -> int:
         """Wait a little, then start the next attempt."""
         pause = self.back_off_s[min(restarts, len(self.back_off_s) - 1)]
         log.warning("training job %s: %s; it is started again in %.0f s", self.id, reason, pause)
@@ -182,7 +215,7 @@ class TrainingJob:
         while True:
             try:
                 self.cluster = connect(self.config)
-                self.start()
+                self.start(waiting)
                 return restarts + 1
             except DashboardAway as away:
                 log.warning("%s; asked again in %.0f s", away, self.back_off_s[-1])
@@ -194,6 +227,9 @@ class TrainingJob:
     def _jobs(self) -> list[dict[str, Any]]:
         prefix = f"dapo-{self.run.id}-"
         return [j for j in self.cluster.jobs() if j["submission_id"].startswith(prefix)]
+
+    def _metadata(self) -> dict[str, str]:
+        return {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind}
 
     def _command(self, python: str) -> str:
         return shlex.join([python, *self.entrypoint, str(self.run.root)])
@@ -210,7 +246,7 @@ class TrainingJob:
                 submission_id=self.id,
                 entrypoint=self._command("python"),
                 runtime_env={"env_vars": env, **working_dir},
-                metadata={"run": self.run.id},
+                metadata=self._metadata(),
             )
         except RuntimeError as error:
             if "already exists" not in str(error):

@@ -1,0 +1,87 @@
+"""One training per cluster at a time: who trains there now, since when, how far it is.
+
+The cluster itself is asked, not a lease: a job that died has no claim, whatever became of its flow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dapo.config.run import RunConfig
+from dapo.observe.journal import read
+from dapo.observe.layout import RunFolder
+from dapo.runtime.dashboard import TERMINAL, Dashboard
+
+TRAINING = "training"
+"""Value of a job's metadata `kind`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """The training that has the cluster."""
+
+    job: str
+    run: RunFolder
+    since: float
+    """Seconds since the epoch."""
+
+    def __str__(self) -> str:
+        day = "%H:%M" if time.time() - self.since < 12 * 3600 else "%Y-%m-%d %H:%M"
+        return (
+            f"{self.run.id} (job {self.job}), which runs since {datetime.fromtimestamp(self.since):{day}}{self._far()}"
+        )
+
+    def _far(self) -> str:
+        started = total = last = None
+        for event in read(self.run.journal):
+            match event.kind:
+                case "started":
+                    started, total, last = event.step, event.data["total_steps"], None
+                case "step":
+                    last = event
+        if started is None:
+            return "" if self.run.journal.parent.is_dir() else "; its folder cannot be read from here"
+        if last is None:
+            return f": before step {started + 1} of {total}"
+        minutes = last.data["seconds_left"] / 60
+        return (
+            f": step {last.step} of {total}, about {minutes:.0f} min left"
+            if minutes >= 1
+            else f": step {last.step} of {total}"
+        )
+
+
+def live_trainings(cluster: Dashboard) -> list[dict[str, Any]]:
+    """Submitted training jobs that are pending or running."""
+    return [
+        job
+        for job in cluster.jobs()
+        if job["status"] not in TERMINAL and (job.get("metadata") or {}).get("kind") == TRAINING
+    ]
+
+
+def ahead(cluster: Dashboard, run: RunFolder) -> Ahead | None:
+    """The training that `run` has to wait for; None where the cluster is free, or has this run itself."""
+    others = [job for job in live_trainings(cluster) if job["metadata"]["run"] != run.id]
+    if not others:
+        return None
+    first = min(others, key=lambda job: (job["start_time"], job["submission_id"]))
+    folder = RunFolder(Path(first["metadata"]["folder"]))
+    return Ahead(first["submission_id"], folder, first["start_time"] / 1000)
+
+
+@contextlib.contextmanager
+def looking(config: RunConfig) -> Iterator[None]:
+    """Between a look at the cluster and the submission nobody else of this `run_root` submits."""
+    root = Path(config.run_root).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".submitting").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,116 @@
+"""`dapo down`: the end of what `dapo up` started, and of nothing else. Training goes on unless it is asked to stop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dapo.config.run import RunConfig
+from dapo.errors import EnvironmentCheckError, TrainingError
+from dapo.observe.journal import read
+from dapo.observe.layout import RunFolder
+from dapo.runtime import cluster
+from dapo.runtime.turn import live_trainings
+from flows.server import answers
+from flows.up import Stack
+
+_TOLD_EVERY_S = 10.0
+_WORKER_GRACE_S = 30.0
+
+
+def down(stack: Stack, *, stop_runs: bool, wait_s: float) -> None:
+    """End workers, MLflow and server that have a record here, and the local Ray where nothing uses it.
+
+    Args:
+        stack: of the project's folder.
+        stop_runs: trainings of this folder's local Ray save a checkpoint and end first.
+        wait_s: for them.
+
+    Raises:
+        TrainingError: a training did not stop in time; nothing else was ended.
+    """
+    with stack.locked():
+        workers = [stack.worker(pool) for pool in stack.pools]
+        reachable = answers(stack.api)
+        if reachable:
+            stack.talk_to_server()
+        if stop_runs:
+            _stop_trainings(stack, reachable, wait_s)
+        for worker in workers:
+            ended = worker.stop(_WORKER_GRACE_S)
+            stack.say(f"{worker.title}: {'ended' if ended else 'not started here'}")
+        if reachable:
+            from flows.pool import close_dead
+
+            for name in close_dead(stack.pools):
+                stack.say(f"  flow run {name}: Crashed, no longer Running; the same run again goes on")
+        for service in (stack.mlflow, stack.server):
+            stack.say(f"{service.title}: {'ended' if service.stop() else 'not started here'}")
+        _end_ray(stack)
+
+
+def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
+    """Ask, wait with progress, until no training and no flow run of ours is left."""
+    if reachable:
+        from flows.pool import active_runs, cancel_waiting
+
+        for pool in stack.pools:
+            for name in cancel_waiting(pool):
+                stack.say(f"  flow run {name}: waited for another training; cancelled")
+    begun, told = time.monotonic(), float("-inf")
+    while True:
+        trainings = _trainings(stack)
+        for folder in trainings:
+            # Again each time: a job that was just started has removed an earlier one's request.
+            if not folder.stop_request.exists():
+                folder.stop_request.write_text("dapo down --stop-runs\n")
+        # A flow has its report to write and its numbers to send when the job has ended.
+        flows = [run.name for pool in stack.pools for run in active_runs(pool)] if reachable else []
+        flows = flows if any(stack.worker(pool).running() for pool in stack.pools) else []
+        if not trainings and not flows:
+            return
+        if time.monotonic() - begun > wait_s:
+            left = ", ".join([folder.id for folder in trainings] or flows)
+            raise TrainingError(
+                f"{left} did not stop within {wait_s:.0f} s, and nothing was ended. It stops when its phase is done: "
+                f"`dapo down --stop-runs --wait {2 * wait_s:.0f}` waits on, `dapo down` leaves it running"
+            )
+        if time.monotonic() - told > _TOLD_EVERY_S:
+            told = time.monotonic()
+            for folder in trainings:
+                stack.say(f"  {folder.id}: asked to save a checkpoint and stop; {_last_word(folder)}")
+            if not trainings:
+                stack.say(f"  flow run {', '.join(flows)}: ends")
+        time.sleep(0.5)
+
+
+def _end_ray(stack: Stack) -> None:
+    config = RunConfig(run_root=str(stack.runs))
+    head = cluster.find_local(config)
+    if head is None:
+        return
+    trainings = _trainings(stack)
+    if trainings:
+        stack.say(f"training {', '.join(f.id for f in trainings)} goes on: `dapo status` shows it, the same run again")
+        stack.say("  follows it, `dapo down --stop-runs` stops it with a checkpoint")
+        return
+    users = cluster.end_unused(config)
+    stack.say(f"Ray: {'ended' if not users else f'process {users[0]} uses it, it stays'}")
+
+
+def _trainings(stack: Stack) -> list[RunFolder]:
+    head = cluster.find_local(RunConfig(run_root=str(stack.runs)))
+    if head is None:
+        return []
+    try:
+        return [RunFolder(Path(job["metadata"]["folder"])) for job in live_trainings(head)]
+    except OSError as away:
+        raise EnvironmentCheckError(f"{away}; try again, or `dapo status`") from None
+
+
+def _last_word(folder: RunFolder) -> str:
+    last = list(read(folder.journal))[-1:]
+    if not last:
+        return "it loads"
+    phase = f", {last[0].data['phase']}" if last[0].kind == "progress" else ""
+    return f"step {last[0].step}{phase}"

@@ -1,0 +1,99 @@
+"""What `dapo up` and `dapo down` ask of the Prefect API: the work pool, its workers, its flow runs.
+
+Prefect reads its settings when it is imported: import this module when PREFECT_API_URL is set.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from dapo.errors import EnvironmentCheckError
+from dapo.runtime import processes
+from tasks.turn import WAITING
+
+_ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+
+def make_pool(name: str) -> bool:
+    """Create the process work pool; False where there is one of this name, of whatever type."""
+    with get_client(sync_client=True) as client:
+        try:
+            pool = client.read_work_pool(name)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+            return True
+    if pool.is_paused:
+        raise EnvironmentCheckError(f"work pool {name} is paused: prefect work-pool resume {name}")
+    return False
+
+
+def pool_type(name: str) -> str:
+    """For example `process`."""
+    with get_client(sync_client=True) as client:
+        return client.read_work_pool(name).type
+
+
+def online_workers(pool: str) -> dict[str, datetime]:
+    """Workers that were heard of lately, by name, with the last time."""
+    found = {}
+    with get_client(sync_client=True) as client:
+        for worker in client.read_workers_for_work_pool(pool):
+            heard, every = worker.last_heartbeat_time, worker.heartbeat_interval_seconds or 30
+            fresh = heard is not None and datetime.now(UTC) - heard < timedelta(seconds=3 * every)
+            if heard is not None and fresh and worker.status == WorkerStatus.ONLINE:
+                found[worker.name] = heard
+    return found
+
+
+def active_runs(pool: str) -> list[FlowRun]:
+    """Flow runs that a worker has taken and that have not ended."""
+    with get_client(sync_client=True) as client:
+        return _active(client, pool)
+
+
+def cancel_waiting(pool: str) -> list[str]:
+    """Cancel the flow runs that wait for another training; returns their names."""
+    with get_client(sync_client=True) as client:
+        waiting = [run for run in _active(client, pool) if run.state and run.state.name == WAITING]
+        for run in waiting:
+            client.set_flow_run_state(run.id, State(type=StateType.CANCELLING, name="Cancelling"))
+    return [run.name for run in waiting]
+
+
+def close_dead(pools: Sequence[str]) -> list[str]:
+    """Runs of this machine whose process is gone: Prefect would call them Running for ever. Returns their names."""
+    closed = []
+    with get_client(sync_client=True) as client:
+        for run in [run for pool in pools for run in _active(client, pool)]:
+            host, _, pid = (run.infrastructure_pid or "").rpartition(":")
+            if not pid.isdigit() or host not in ("", socket.gethostname()) or processes.look(int(pid)):
+                continue
+            message = (
+                "the flow's process is gone; a training it had begun goes on. The same run again follows it: "
+                f"prefect flow-run retry {run.id}"
+            )
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+            closed.append(run.name)
+    return closed
+
+
+def _active(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_ACTIVE))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )

@@ -1,0 +1,267 @@
+"""`dapo up`: a Prefect server, a work pool, a worker, MLflow's pages, and the deployments of prefect.yaml.
+
+What answers already is used and never touched. What is started here stays when the command ends; `runs/.up` has a
+record and a log of each, and `dapo down` ends nothing that has no record there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+import dapo
+from dapo.config.run import RunConfig
+from dapo.errors import ConfigError, EnvironmentCheckError
+from dapo.runtime.environment import NO_PHONE_HOME
+from flows.server import answers, configured_api
+from flows.services import Service
+
+Say = Callable[[str], None]
+
+DEFAULT_API = "http://127.0.0.1:4200/api"
+WORKER_POLLS_S = 2
+WORKER_LIMIT = 10
+"""Flow runs at once. Trainings wait for each other by themselves, and say so; evaluations need not wait for them."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_FILES = ("prefect.yaml", "prefect.toml", "configs")
+
+
+def project_folder(say: Say) -> Path:
+    """The folder with prefect.yaml: this one, else the checkout that dapo runs from, else this one, filled.
+
+    A package that is not a checkout brings prefect.yaml, prefect.toml and configs/ with it.
+    """
+    here, checkout = Path.cwd(), Path(dapo.__file__).resolve().parents[1]
+    if (here / "prefect.yaml").is_file():
+        return here
+    if (checkout / "prefect.yaml").is_file():
+        say(f"no prefect.yaml here; {checkout} is used")
+        return checkout
+    shipped = Path(sysconfig.get_path("data")) / "share" / "dapo"
+    if not (shipped / "prefect.yaml").is_file():
+        raise ConfigError(f"no prefect.yaml in {here}, and none came with the package; go to the repository's folder")
+    for name in _FILES:
+        if (shipped / name).is_dir():
+            shutil.copytree(shipped / name, here / name, dirs_exist_ok=True)
+        elif not (here / name).exists():
+            shutil.copy(shipped / name, here / name)
+    say(f"no prefect.yaml here; {', '.join(_FILES)} of the package were written to {here}")
+    return here
+
+
+class Stack:
+    """Server, MLflow and workers of one project folder."""
+
+    def __init__(self, project: Path, say: Say) -> None:
+        self.project, self.say = project, say
+        self.runs = project / RunConfig().run_root
+        self.state = self.runs / ".up"
+        self.server = Service(self.state, "server", "Prefect server")
+        self.mlflow = Service(self.state, "mlflow", "MLflow server")
+        whole = yaml.safe_load((project / "prefect.yaml").read_text())
+        self.deployments: list[str] = [
+            f"{one['entrypoint'].partition(':')[2]}/{one['name']}" for one in whole["deployments"]
+        ]
+        self.pools = list(dict.fromkeys(one["work_pool"]["name"] for one in whole["deployments"]))
+        self.api = self._api()
+
+    def worker(self, pool: str) -> Service:
+        return Service(self.state, f"worker-{pool}", f"worker of pool {pool}")
+
+    @property
+    def worker_name(self) -> str:
+        """Always the same here, so that a worker that was killed is not taken for somebody else's."""
+        return f"{socket.gethostname()}-{self.project.name}"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One `up` or `down` at a time."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        with (self.state / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.say(f"another `dapo up` or `dapo down` works in {self.project}; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def up(self, mlflow_port: int) -> None:
+        """Start what does not answer, register all deployments."""
+        with self.locked():
+            started = [self._start_server(), self._start_mlflow(mlflow_port)]
+            for wait in started:
+                wait()
+            self.talk_to_server()
+            self._make_pools()
+            self._deploy()
+            for pool in self.pools:
+                self._start_worker(pool)
+
+    def _api(self) -> str:
+        """Of the server that `prefect` commands use in the project's folder; else of one we started; else Prefect's."""
+        before = Path.cwd()
+        os.chdir(self.project)  # prefect.toml is looked for in the working directory
+        try:
+            found = configured_api()
+        finally:
+            os.chdir(before)
+        record = self.server.running()
+        return (found or (record.address if record else DEFAULT_API)).rstrip("/")
+
+    # ---- Prefect ----------------------------------------------------------------------------------------------------
+
+    def _start_server(self) -> Callable[[], None]:
+        """Returns what waits for it."""
+        ui = self.api.removesuffix("/api")
+        if answers(self.api):
+            ours = self.server.running()
+            self.say(f"Prefect    {ui}  {'runs already' if ours else 'found, not ours'}")
+            return lambda: None
+        url = urlsplit(self.api)
+        port = url.port or 4200
+        if url.hostname not in _LOOPBACK or url.scheme != "http":
+            raise EnvironmentCheckError(
+                f"no Prefect server answers at {self.api} (PREFECT_API_URL, prefect.toml or the profile says so), and "
+                f"one can be started on this machine only; start that one, or: PREFECT_API_URL={DEFAULT_API} dapo up"
+            )
+        self.server.stop()  # one that runs but does not answer
+        _require_free(port, "the Prefect server", f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api dapo up")
+        begun = time.monotonic()
+        host = "127.0.0.1" if url.hostname == "localhost" else str(url.hostname)
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+        self.server.start(command, self.api, self._env(), self.project)
+
+        def wait() -> None:
+            self.server.wait(lambda: answers(self.api))
+            self.say(f"Prefect    {ui}  started in {time.monotonic() - begun:.0f} s, log {self.server.log}")
+
+        return wait
+
+    def talk_to_server(self) -> None:
+        """Before anything of Prefect is imported: its settings are read then."""
+        os.environ.update(NO_PHONE_HOME)
+        os.environ["PREFECT_API_URL"] = self.api
+
+    def _make_pools(self) -> None:
+        from flows.pool import close_dead, make_pool
+
+        for pool in self.pools:
+            self.say(f"work pool  {pool}  {'created' if make_pool(pool) else 'found'}")
+        for name in close_dead(self.pools):
+            self.say(f"           flow run {name} had lost its process; it is Crashed now, no longer Running")
+
+    def _deploy(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=self.project,
+            env=self._env(),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            told = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise EnvironmentCheckError(f"`prefect deploy --all` in {self.project} failed:\n{told}")
+        self.say(f"deployed   {', '.join(self.deployments)}")
+
+    def _start_worker(self, pool: str) -> None:
+        from flows.pool import online_workers, pool_type
+
+        service = self.worker(pool)
+        ours = service.running()
+        if ours and ours.address == self.api and self.worker_name in online_workers(pool):
+            self.say(f"worker     {self.worker_name}  runs already")
+            return
+        if others := [name for name in online_workers(pool) if name != self.worker_name]:
+            self.say(f"worker     {', '.join(others)}  found, not ours")
+            return
+        if (kind := pool_type(pool)) != "process":
+            self.say(f"worker     none: pool {pool} is of type {kind}, start a worker of that type for it")
+            return
+        service.stop()
+        # A worker killed a moment ago still counts as online: only a later word is the new one's.
+        before = online_workers(pool).get(self.worker_name)
+        settings = {"PREFECT_WORKER_QUERY_SECONDS": str(WORKER_POLLS_S)}
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+        command += ["--name", self.worker_name, "--limit", str(WORKER_LIMIT)]
+        service.start(command, self.api, self._env() | settings, self.project)
+
+        def heard() -> bool:
+            return online_workers(pool).get(self.worker_name, before) != before
+
+        service.wait(heard)
+        self.say(f"worker     {self.worker_name}  started, log {service.log}")
+
+    # ---- MLflow -----------------------------------------------------------------------------------------------------
+
+    def _start_mlflow(self, port: int) -> Callable[[], None]:
+        """Its pages over the store that runs without a configured one write to; returns what waits for it."""
+        given = os.environ.get("MLFLOW_TRACKING_URI", "")
+        url = urlsplit(given)
+        if given and (url.scheme not in ("http", "https") or _healthy(given)):
+            ours = self.mlflow.running()
+            whose = "runs already" if ours and ours.address == given.rstrip("/") else "found, not ours"
+            self.say(f"MLflow     {given}  {whose}")
+            return lambda: None
+        if given and (url.hostname not in _LOOPBACK or url.scheme != "http"):
+            raise EnvironmentCheckError(
+                f"no MLflow answers at MLFLOW_TRACKING_URI={given}; start it, or unset the variable for one of our own"
+            )
+        if (ours := self.mlflow.running()) and _healthy(ours.address):
+            self.say(f"MLflow     {ours.address}  runs already")
+            return lambda: None
+        self.mlflow.stop()
+        port = url.port or port
+        _require_free(port, "the MLflow server", f"dapo up --mlflow-port {port + 1}")
+        address = f"http://127.0.0.1:{port}"
+        store, begun = f"sqlite:///{self.runs / 'mlflow.db'}", time.monotonic()
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--backend-store-uri", store, "--workers", "1"]
+        # Artifacts lie where runs that write to the database themselves put them, and are read from there by everybody.
+        command += ["--default-artifact-root", str(self.runs / "mlartifacts"), "--no-serve-artifacts"]
+        # Consumers of jobs that nothing here uses would take 2 GB.
+        self.mlflow.start(command, address, self._env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, self.project)
+
+        def wait() -> None:
+            self.mlflow.wait(lambda: _healthy(address))
+            self.say(f"MLflow     {address}  started in {time.monotonic() - begun:.0f} s, log {self.mlflow.log}")
+
+        return wait
+
+    def _env(self) -> dict[str, str]:
+        """Of everything started here: this Python first, this server, nobody phoned."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **NO_PHONE_HOME, "PATH": path, "PREFECT_API_URL": self.api}
+
+
+def _healthy(address: str) -> bool:
+    """Whether an MLflow server answers; other programs have no /health that says OK, or say more."""
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5.0) as answer:
+            return answer.status == 200 and answer.read().strip() == b"OK"
+    except (OSError, ValueError):
+        return False
+
+
+def _require_free(port: int, what: str, instead: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise EnvironmentCheckError(
+                f"port {port} is taken by another program (`ss -ltnp 'sport = :{port}'` shows which), and {what} is "
+                f"to listen there; end it, or take another port: {instead}"
+            ) from None

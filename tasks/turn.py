@@ -1,0 +1,76 @@
+"""A training that waits for another one on its cluster says so: log, flow run's state, terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from prefect.states import Running
+
+from dapo.runtime.turn import Ahead
+from tasks.progress import Stage, best_effort, tell
+from tasks.watch import CancelWatcher
+
+WAITING = "Waiting"
+"""Name of the state of a flow run that waits; its type is still Running."""
+_TOLD_AGAIN_S, _AT_MOST_S = 60.0, 900.0
+
+
+class GaveUp(Exception):
+    """The flow run was cancelled while it waited."""
+
+
+class Turn:
+    """Called with the training ahead for as long as there is one; tells at once, then more and more rarely.
+
+    Use it as a context: leaving it, the flow run is Running again.
+    """
+
+    def __init__(self) -> None:
+        self._ids = [one for one in (flow_run.id, flow_run.parent_flow_run_id) if one]
+        self._watch: CancelWatcher | None = None
+        self._job, self._told, self._pause = "", 0.0, _TOLD_AGAIN_S
+
+    def __call__(self, ahead: Ahead) -> None:
+        """Raises GaveUp where the flow run was cancelled."""
+        if self._watch is None:
+            self._watch = CancelWatcher(*self._ids, every_s=3.0).__enter__()
+        if self._watch.cancelled.is_set():
+            raise GaveUp(f"cancelled while it waited for {ahead}")
+        if ahead.job != self._job:
+            self._job, self._pause = ahead.job, _TOLD_AGAIN_S
+        elif time.monotonic() - self._told < self._pause:
+            return
+        else:
+            self._pause = min(2 * self._pause, _AT_MOST_S)
+        self._told = time.monotonic()
+        words = f"for {ahead}"
+        get_run_logger().info("one training at a time: waiting %s", words)
+        tell(Stage("waiting", "running", words=words))
+        self._say(WAITING, f"waits {words}")
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._watch is None:
+            return
+        self._watch.__exit__()
+        if not self._watch.cancelled.is_set():
+            self._say("Running", "")
+        tell(Stage("waiting", "done"))
+        self._watch, self._job = None, ""
+
+    def _say(self, name: str, message: str) -> None:
+        # Not by force: a run that is being cancelled must not become one that runs.
+        for one in self._ids:
+            best_effort(_set_state, UUID(one), name, message)
+
+
+def _set_state(flow_run_id: UUID, name: str, message: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, Running(name=name, message=message or None))
