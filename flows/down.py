@@ -42,7 +42,7 @@ def down(stack: Stack, *, stop_runs: bool, wait_s: float) -> None:
         if reachable:
             from flows.pool import close_dead
 
-            for name in close_dead(stack.pools):
+            for name in close_dead(stack.pools, stack.worker_name):
                 stack.say(f"  flow run {name}: Crashed, no longer Running; the same run again goes on")
         for service in (stack.mlflow, stack.server):
             stack.say(f"{service.title}: {'ended' if service.stop() else 'not started here'}")

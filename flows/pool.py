@@ -5,7 +5,6 @@ Prefect reads its settings when it is imported: import this module when PREFECT_
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -69,19 +68,24 @@ def active_runs(pool: str) -> list[FlowRun]:
 def cancel_waiting(pool: str) -> list[str]:
     """Cancel the flow runs that wait for another training; returns their names."""
     with get_client(sync_client=True) as client:
-        waiting = [run for run in _active(client, pool) if run.state and run.state.name == WAITING]
+        waiting = [run for run in _active(client, pool) if WAITING in run.tags]
         for run in waiting:
             client.set_flow_run_state(run.id, State(type=StateType.CANCELLING, name="Cancelling"))
     return [run.name for run in waiting]
 
 
-def close_dead(pools: Sequence[str]) -> list[str]:
-    """Runs of this machine whose process is gone: Prefect would call them Running for ever. Returns their names."""
+def close_dead(pools: Sequence[str], worker: str) -> list[str]:
+    """Runs of a worker of this machine whose process is gone: Prefect would call them Running for ever.
+
+    Returns:
+        Their names.
+    """
     closed = []
     with get_client(sync_client=True) as client:
         for run in [run for pool in pools for run in _active(client, pool)]:
-            host, _, pid = (run.infrastructure_pid or "").rpartition(":")
-            if not pid.isdigit() or host not in ("", socket.gethostname()) or processes.look(int(pid)):
+            pid = run.infrastructure_pid or ""
+            theirs = run.labels.get("prefect.worker.name") != worker
+            if theirs or not pid.isdigit() or processes.carries(int(pid), str(run.id)):
                 continue
             message = (
                 "the flow's process is gone; a training it had begun goes on. The same run again follows it: "

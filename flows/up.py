@@ -30,6 +30,8 @@ from flows.server import answers, configured_api
 from flows.services import Service
 
 Say = Callable[[str], None]
+Start = Callable[[], Callable[[], None]]
+"""Starts something and returns what waits until it answers."""
 
 DEFAULT_API = "http://127.0.0.1:4200/api"
 WORKER_POLLS_S = 2
@@ -101,8 +103,9 @@ class Stack:
     def up(self, mlflow_port: int) -> None:
         """Start what does not answer, register all deployments."""
         with self.locked():
-            started = [self._start_server(), self._start_mlflow(mlflow_port)]
-            for wait in started:
+            # Both are looked at before either is started, and both start at the same time.
+            starts = [start for start in (self._find_server(), self._find_mlflow(mlflow_port)) if start]
+            for wait in [start() for start in starts]:
                 wait()
             self.talk_to_server()
             self._make_pools()
@@ -123,13 +126,13 @@ class Stack:
 
     # ---- Prefect ----------------------------------------------------------------------------------------------------
 
-    def _start_server(self) -> Callable[[], None]:
-        """Returns what waits for it."""
+    def _find_server(self) -> Start | None:
+        """What starts it; None where one answers."""
         ui = self.api.removesuffix("/api")
         if answers(self.api):
             ours = self.server.running()
             self.say(f"Prefect    {ui}  {'runs already' if ours else 'found, not ours'}")
-            return lambda: None
+            return None
         url = urlsplit(self.api)
         port = url.port or 4200
         if url.hostname not in _LOOPBACK or url.scheme != "http":
@@ -139,16 +142,20 @@ class Stack:
             )
         self.server.stop()  # one that runs but does not answer
         _require_free(port, "the Prefect server", f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api dapo up")
-        begun = time.monotonic()
         host = "127.0.0.1" if url.hostname == "localhost" else str(url.hostname)
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-        self.server.start(command, self.api, self._env(), self.project)
 
-        def wait() -> None:
-            self.server.wait(lambda: answers(self.api))
-            self.say(f"Prefect    {ui}  started in {time.monotonic() - begun:.0f} s, log {self.server.log}")
+        def start() -> Callable[[], None]:
+            begun = time.monotonic()
+            self.server.start(command, self.api, self._env(), self.project)
 
-        return wait
+            def wait() -> None:
+                self.server.wait(lambda: answers(self.api))
+                self.say(f"Prefect    {ui}  started in {time.monotonic() - begun:.0f} s, log {self.server.log}")
+
+            return wait
+
+        return start
 
     def talk_to_server(self) -> None:
         """Before anything of Prefect is imported: its settings are read then."""
@@ -160,7 +167,7 @@ class Stack:
 
         for pool in self.pools:
             self.say(f"work pool  {pool}  {'created' if make_pool(pool) else 'found'}")
-        for name in close_dead(self.pools):
+        for name in close_dead(self.pools, self.worker_name):
             self.say(f"           flow run {name} had lost its process; it is Crashed now, no longer Running")
 
     def _deploy(self) -> None:
@@ -206,39 +213,45 @@ class Stack:
 
     # ---- MLflow -----------------------------------------------------------------------------------------------------
 
-    def _start_mlflow(self, port: int) -> Callable[[], None]:
-        """Its pages over the store that runs without a configured one write to; returns what waits for it."""
+    def _find_mlflow(self, port: int) -> Start | None:
+        """What starts its pages over the store that runs without a configured one write to; None where one answers."""
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
         url = urlsplit(given)
         if given and (url.scheme not in ("http", "https") or _healthy(given)):
             ours = self.mlflow.running()
             whose = "runs already" if ours and ours.address == given.rstrip("/") else "found, not ours"
             self.say(f"MLflow     {given}  {whose}")
-            return lambda: None
+            return None
         if given and (url.hostname not in _LOOPBACK or url.scheme != "http"):
             raise EnvironmentCheckError(
                 f"no MLflow answers at MLFLOW_TRACKING_URI={given}; start it, or unset the variable for one of our own"
             )
         if (ours := self.mlflow.running()) and _healthy(ours.address):
             self.say(f"MLflow     {ours.address}  runs already")
-            return lambda: None
+            return None
         self.mlflow.stop()
         port = url.port or port
         _require_free(port, "the MLflow server", f"dapo up --mlflow-port {port + 1}")
         address = f"http://127.0.0.1:{port}"
-        store, begun = f"sqlite:///{self.runs / 'mlflow.db'}", time.monotonic()
+        store = f"sqlite:///{self.runs / 'mlflow.db'}"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--backend-store-uri", store, "--workers", "1"]
         # Artifacts lie where runs that write to the database themselves put them, and are read from there by everybody.
         command += ["--default-artifact-root", str(self.runs / "mlartifacts"), "--no-serve-artifacts"]
         # Consumers of jobs that nothing here uses would take 2 GB.
-        self.mlflow.start(command, address, self._env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, self.project)
+        env = self._env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
-        def wait() -> None:
-            self.mlflow.wait(lambda: _healthy(address))
-            self.say(f"MLflow     {address}  started in {time.monotonic() - begun:.0f} s, log {self.mlflow.log}")
+        def start() -> Callable[[], None]:
+            begun = time.monotonic()
+            self.mlflow.start(command, address, env, self.project)
 
-        return wait
+            def wait() -> None:
+                self.mlflow.wait(lambda: _healthy(address))
+                self.say(f"MLflow     {address}  started in {time.monotonic() - begun:.0f} s, log {self.mlflow.log}")
+
+            return wait
+
+        return start
 
     def _env(self) -> dict[str, str]:
         """Of everything started here: this Python first, this server, nobody phoned."""

@@ -1,4 +1,4 @@
-"""A training that waits for another one on its cluster says so: log, flow run's state, terminal."""
+"""A training that waits for another one on its cluster says so: log, artifact and tag of its flow run, terminal."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from prefect.states import Running
 
 from dapo.runtime.turn import Ahead
 from tasks.progress import Stage, best_effort, tell
 from tasks.watch import CancelWatcher
 
-WAITING = "Waiting"
-"""Name of the state of a flow run that waits; its type is still Running."""
+WAITING = "waiting"
+"""Tag of a flow run that waits. Not a state of its own: each would count as another attempt of the run."""
 _TOLD_AGAIN_S, _AT_MOST_S = 60.0, 900.0
 
 
@@ -27,7 +27,7 @@ class GaveUp(Exception):
 class Turn:
     """Called with the training ahead for as long as there is one; tells at once, then more and more rarely.
 
-    Use it as a context: leaving it, the flow run is Running again.
+    Use it as a context: leaving it, the flow run waits no longer.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,8 @@ class Turn:
         words = f"for {ahead}"
         get_run_logger().info("one training at a time: waiting %s", words)
         tell(Stage("waiting", "running", words=words))
-        self._say(WAITING, f"waits {words}")
+        best_effort(create_markdown_artifact, f"Waits {words}", key=WAITING, description="One training at a time")
+        best_effort(self._tag, True)
 
     def __enter__(self) -> Turn:
         return self
@@ -60,17 +61,12 @@ class Turn:
         if self._watch is None:
             return
         self._watch.__exit__()
-        if not self._watch.cancelled.is_set():
-            self._say("Running", "")
+        best_effort(self._tag, False)
         tell(Stage("waiting", "done"))
         self._watch, self._job = None, ""
 
-    def _say(self, name: str, message: str) -> None:
-        # Not by force: a run that is being cancelled must not become one that runs.
-        for one in self._ids:
-            best_effort(_set_state, UUID(one), name, message)
-
-
-def _set_state(flow_run_id: UUID, name: str, message: str) -> None:
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run_id, Running(name=name, message=message or None))
+    def _tag(self, waits: bool) -> None:
+        with get_client(sync_client=True) as client:
+            for one in map(UUID, self._ids):
+                tags = set(client.read_flow_run(one).tags)
+                client.update_flow_run(one, tags=sorted(tags | {WAITING} if waits else tags - {WAITING}))

@@ -1,0 +1,156 @@
+"""One training per cluster at a time, on a real local Ray: a second one waits, and says for whom."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from dapo.observe.journal import Journal
+from dapo.observe.layout import RunFolder
+from dapo.runtime.turn import Ahead
+from tests.flows.test_training_job import job_of, make_run
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture
+def root(shared):
+    return shared / "runs"
+
+
+@contextlib.contextmanager
+def first_training(ray, root, name):
+    run, config = make_run(root, name, STANDIN_SECONDS="600")
+    job = job_of(ray, run, config)
+    assert job.start()
+    yield run, job
+    job.kill()
+
+
+def gone(job):
+    while job.running():
+        time.sleep(0.2)
+
+
+def test_a_second_training_waits_and_goes_on_when_the_first_is_gone(ray, root):
+    run, config = make_run(root, "patient")
+    seen = []
+    with first_training(ray, root, "first") as (first, holder):
+
+        def waiting(ahead):
+            seen.append(ahead)
+            if len(seen) == 2:
+                holder.kill()  # without a last word: its journal never says that it ended
+
+        second = job_of(ray, run, config)
+        assert second.start(waiting)
+        assert second.running()
+        assert not holder.running()
+    assert {ahead.run.id for ahead in seen} == {first.id}
+    assert {ahead.job for ahead in seen} == {holder.id}
+    assert abs(seen[0].since - time.time()) < 300
+    assert [e.data["status"] for e, _ in second.follow() if e.kind == "ended"] == ["finished"]
+    gone(second)
+
+
+def test_a_waiter_can_give_up_and_has_submitted_nothing(ray, root):
+    run, config = make_run(root, "impatient")
+    with first_training(ray, root, "busy") as (_, holder):
+
+        def waiting(ahead):
+            raise Enough
+
+        job = job_of(ray, run, config)
+        with pytest.raises(Enough):
+            job.start(waiting)
+        assert job.running() is None
+    assert not run.journal.exists()
+    gone(holder)
+
+
+def test_the_same_run_is_followed_and_an_evaluation_does_not_wait(ray, root):
+    with first_training(ray, root, "shared-run") as (run, holder):
+        again = job_of(ray, run, holder.config)
+        assert again.start(lambda ahead: pytest.fail(f"waits for itself: {ahead}")) is False
+        other, config = make_run(root, "measured")
+        evaluation = job_of(ray, other, config, kind="evaluation")
+        assert evaluation.start(lambda ahead: pytest.fail(f"waits: {ahead}"))
+        gone(evaluation)
+    gone(holder)
+
+
+def test_of_two_that_start_together_one_trains(ray, root):
+    jobs = [job_of(ray, *make_run(root, f"twin-{n}", STANDIN_SECONDS="600")) for n in range(2)]
+    waited = []
+
+    def start(job):
+        def waiting(ahead):
+            waited.append((job, ahead.job))
+            raise Enough
+
+        with contextlib.suppress(Enough):
+            job.start(waiting)
+
+    threads = [threading.Thread(target=start, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [(loser, winner)] = waited
+    [holder] = [job for job in jobs if job is not loser]
+    assert holder.id == winner
+    holder.kill()
+    gone(holder)
+
+
+def test_it_says_who_since_when_and_how_far(tmp_path):
+    run = RunFolder(tmp_path / "long-1234")
+    told = Ahead("dapo-long-1234-1", run, time.time())
+    assert "its folder cannot be read from here" in str(told)
+    run.root.mkdir()
+    assert str(told).endswith(time.strftime("since %H:%M", time.localtime(told.since)))
+    journal = Journal(run.journal)
+    journal.append("started", 0, total_steps=100)
+    assert str(told).endswith(": before step 1 of 100")
+    journal.append("step", 12, metrics={}, seconds_left=754.0)
+    assert "long-1234 (job dapo-long-1234-1), which runs since" in str(told)
+    assert str(told).endswith(": step 12 of 100, about 13 min left")
+
+
+def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_path, monkeypatch):
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.runtime import flow_run
+
+    from tasks import turn
+
+    monkeypatch.setattr(turn, "_TOLD_AGAIN_S", 0.0)
+    ahead = Ahead("dapo-long-1", RunFolder(tmp_path), time.time())
+    tags = []
+
+    @flow
+    def waits(cancel: bool) -> str:
+        with get_client(sync_client=True) as client:
+            with turn.Turn() as ours:
+                ours(ahead)
+                tags.append(client.read_flow_run(flow_run.id).tags)
+                if cancel:
+                    client.set_flow_run_state(flow_run.id, State(type=StateType.CANCELLING, name="Cancelling"))
+                    end_at = time.monotonic() + 30
+                    try:
+                        while time.monotonic() < end_at:
+                            ours(ahead)
+                            time.sleep(0.2)
+                    except turn.GaveUp as told:
+                        return str(told)
+            tags.append(client.read_flow_run(flow_run.id).tags)
+            (artifact,) = client.read_artifacts()
+            return str(artifact.data)
+
+    assert waits(False) == f"Waits for {ahead}"
+    assert tags == [["waiting"], []]
+    assert waits(True) == f"cancelled while it waited for {ahead}"
