@@ -1,4 +1,4 @@
-"""Commands round a model's life after training: evaluate, compare, models, register, promote, rollback."""
+"""Commands round a model's life after training: evaluate, retrain, compare, models, register, promote, rollback."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="for example validation.samples=32")
     evaluate.add_argument("--data", help="folder of prepared data (default: the configured source is prepared)")
     evaluate.set_defaults(command=_evaluate)
+
+    retrain = commands.add_parser(
+        "retrain",
+        help="train again from the champion, and promote what is better",
+        description="Run the flow `retrain` here: from the champion to a challenger, both measured on the same "
+        "held-out prompts, and a decision. Without a reason it trains only where data or training code changed. A "
+        "person's approval, and the schedule, are the deployment's: prefect deployment run retrain/geo3k-weekly.",
+    )
+    retrain.add_argument("config", help="YAML file; mlflow.registered_model names the model")
+    retrain.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys over the file")
+    retrain.add_argument("--because", default="", metavar="REASON", help="train in any case, and remember why")
+    retrain.add_argument(
+        "--gate", nargs="+", default=[], metavar="key=value", help="for the comparison only, as validation.samples=8"
+    )
+    retrain.set_defaults(command=_retrain)
 
     compare = commands.add_parser(
         "compare",
@@ -117,6 +132,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"  {name:<10} {metrics[f'val/{name}']:.4f}")
     print(f"  answers    {folder.page}")
     print(f"  MLflow     run {log_evaluation(folder, config)}")
+    return 0
+
+
+def _retrain(arguments: argparse.Namespace) -> int:
+    from dapo.config import io
+    from flows.local import retrain_here
+
+    config = io.load(arguments.config, arguments.overrides)
+    parameters = {"config_path": arguments.config, "config": config}
+    parameters |= {"because": arguments.because, "gate_overrides": arguments.gate}
+    print(retrain_here(config, parameters))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`dapo run`: the flow in this process, with everything it needs started early and ended afterwards.
+"""`dapo run`, `dapo retrain`: the flow in this process, with everything it needs started early and ended afterwards.
 
 A first run waits longest for the warm-up of the tiny model, Ray needs ten seconds, Prefect's server too: all of them,
 and the preparation of data, begin at once and are found running by the tasks that need them.
@@ -6,6 +6,7 @@ and the preparation of data, begin at once and are found running by the tasks th
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime import cluster
 from dapo.runtime.training import already_finished
-from flows.server import prefect_server
+from flows.server import TemporaryServer, prefect_server
 from tasks import inputs, progress
 
 log = logging.getLogger("dapo.flows")
@@ -41,42 +42,64 @@ def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[p
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has ended.
     """
     progress.watchers.append(watcher)
+    home = Path(config.run_root).resolve() / ".prefect"
     try:
-        with _signals(), prefect_server(Path(config.run_root).resolve() / ".prefect") as server, _early(config):
-            from flows.dapo import (
-                dapo,  # Prefect reads its settings when it is imported: not before the server is chosen
-            )
-
-            if server is not None:
-                progress.tell(progress.Stage("prefect", "running", words=server.why))
-                server.wait()
-                progress.tell(progress.Stage("prefect", "done", words=server.api))
-            state: Any = dapo(**parameters, return_state=True)
-            if state.is_cancelled():
-                return "stopped"
-            return str(state.result(raise_on_failure=True))
+        with _signals(), prefect_server(home) as server, _ray(config, _start_ray), _inputs(config):
+            state = _run("dapo", parameters, server)
+            return "stopped" if state.is_cancelled() else str(state.result(raise_on_failure=True))
     finally:
         progress.watchers.remove(watcher)
 
 
+def retrain_here(config: RunConfig, parameters: dict[str, Any]) -> str:
+    """Run the flow `retrain` to its end, as `run_here` runs `dapo`; returns its last sentence."""
+    home = Path(config.run_root).resolve() / ".prefect"
+    with _signals(), prefect_server(home) as server, _ray(config):
+        state = _run("retrain", parameters, server)
+        return str(state.message) if state.is_cancelled() else str(state.result(raise_on_failure=True))
+
+
+def _run(name: str, parameters: dict[str, Any], server: TemporaryServer | None) -> Any:
+    """The final state of a flow of ours; Prefect reads its settings when it is imported, so that is done here."""
+    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    if server is not None:
+        progress.tell(progress.Stage("prefect", "running", words=server.why))
+        server.wait()
+        progress.tell(progress.Stage("prefect", "done", words=server.api))
+    return flow(**parameters, return_state=True)
+
+
 @contextmanager
-def _early(config: RunConfig) -> Iterator[None]:
-    """Ray, data and weights begin now; Ray ends with us where nobody else uses it."""
+def _ray(config: RunConfig, start: Callable[[RunConfig], None] | None = None) -> Iterator[None]:
+    """Ray ends with us where nobody else uses it; with `start` it begins now."""
     cluster.use_while_running()
-    starting = threading.Thread(target=_start_ray, args=(config,), daemon=True, name="starts-ray")
+    starting = threading.Thread(target=start or (lambda _: None), args=(config,), daemon=True, name="starts-ray")
     starting.start()
+    try:
+        yield
+    finally:
+        _ignore_signals()
+        starting.join()
+        for process in cluster.leave(config):
+            log.warning("process %d of Ray could not be ended", process.pid)
+
+
+@contextmanager
+def _inputs(config: RunConfig) -> Iterator[None]:
+    """Data and weights begin now."""
     inputs.begin("weights", config.model.source, Path(config.data.cache_dir))
     inputs.begin("data", config.data, Path(config.data.cache_dir))
     try:
         yield
     finally:
-        # From here on an impatient second Ctrl-C must not leave anything behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignore_signals()
         inputs.abort_all()
-        starting.join()
-        for process in cluster.leave(config):
-            log.warning("process %d of Ray could not be ended", process.pid)
+
+
+def _ignore_signals() -> None:
+    """At the end an impatient second Ctrl-C must not leave anything behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _start_ray(config: RunConfig) -> None:
