@@ -7,11 +7,13 @@ import glob
 import importlib.util
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dapo.errors import EnvironmentCheckError
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
 
 Kind = Literal["cpu", "cuda", "npu"]
@@ -58,6 +60,28 @@ def torch_device(kind: Kind, local_rank: int = 0) -> torch.device:
     else:
         return torch.device("cpu")
     return torch.device(kind, local_rank)
+
+
+def process_group(device: torch.device, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """A group that stands beside the default one, whose collectives another library in this process may not see.
+
+    Args:
+        store: where its members meet (a `TCPStore`).
+    """
+    import torch.distributed as dist
+
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    options: Any
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+    options = ProcessGroupHCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupHCCL(store, rank, size, options)
 
 
 def release_cached_memory(device: torch.device) -> None:

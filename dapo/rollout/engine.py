@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dapo.types import Completion, Prompt, SamplingParams
@@ -25,9 +25,20 @@ class Engine(Protocol):
         """
         ...
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take all weights, named and laid out as in transformers' `state_dict()`; drop every cache that depends on
-        the old ones; from now on completions carry `version`."""
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, unchanged: Collection[str] = ()
+    ) -> None:
+        """Take weights, named and laid out as in transformers' `state_dict()`; drop every cache that depends on the old
+        ones; from now on completions carry `version`.
+
+        Args:
+            weights: all tensors, or all but `unchanged`.
+            unchanged: names the engine was given before and keeps; never part of a module it stores as one
+                (`dapo.model.tensors.fused_group`) of which another part comes.
+
+        Raises:
+            EngineError: a tensor is unknown, does not fit, or is missing; another whole update repairs the engine.
+        """
         ...
 
     def fingerprint(self) -> dict[str, float]:

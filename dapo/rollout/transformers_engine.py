@@ -6,7 +6,7 @@ stream depends on (seed, prompt id, sample) alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dapo import torchvision_cpu
 from dapo.errors import EngineError, WeightsError
+from dapo.model.tensors import absolute_sum
 from dapo.rollout.checks import check_completion
 from dapo.rollout.decoder import Cache, Decoder
 from dapo.rollout.sampling import Sampler, request_seed, uniforms
@@ -93,13 +94,15 @@ class TransformersEngine:
         for wave in self._waves(prompts, params):
             yield from self._wave(prompts, wave, params)
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, unchanged: Collection[str] = ()
+    ) -> None:
         """Copy in place. Nothing depends on old weights afterwards: caches live for one `generate` only.
 
         Raises:
             EngineError: a name is unknown or a shape differs, or a tensor of the model was not given.
         """
-        missing = set(self._weights)
+        missing = set(self._weights).difference(unchanged)
         with torch.no_grad():
             for name, tensor in weights:
                 target = self._weights.get(name)
@@ -117,7 +120,7 @@ class TransformersEngine:
         self.version = version
 
     def fingerprint(self) -> dict[str, float]:
-        return {name: float(t.abs().sum(dtype=torch.float64)) for name, t in self._weights.items()}
+        return {name: absolute_sum(tensor) for name, tensor in self._weights.items()}
 
     def sleep(self) -> None:
         """Nothing to free: the cache lives for one `generate`, and the weights are small where this engine is used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,9 @@ class VllmEngine:
             raise EngineError(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
         return [self._completions(o, p, params) for o, p in zip(outputs, prompts, strict=True)]
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, unchanged: Collection[str] = ()
+    ) -> None:
         """In place, layer by layer: no second copy of the model, no file on disk.
 
         Raises:
@@ -158,7 +160,7 @@ class VllmEngine:
             self._wake("weights")
         items = to_checkpoint_names(weights)
         try:
-            self._rpc("dapo_begin_update")
+            self._rpc("dapo_begin_update", sorted(unchanged))
             if self._separate:
                 for path in weight_files(items, self._bucket_bytes()):
                     self._rpc("dapo_load_file", path)

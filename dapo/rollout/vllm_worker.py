@@ -7,13 +7,14 @@ is called by name through `collective_rpc`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dapo.errors import EngineError
+from dapo.model.tensors import absolute_sum, fused_group
 
 _FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
@@ -71,6 +72,20 @@ def check_whole_groups(names: Iterable[str]) -> None:
                 )
 
 
+def check_kept_groups(came: Iterable[str], unchanged: Collection[str]) -> None:
+    """A module of which a part came must not be one of which another part was to be kept: it is loaded anew as a whole.
+
+    Raises:
+        EngineError: names the first tensor that came and one that was kept beside it.
+    """
+    kept = {fused_group(name): name for name in unchanged}
+    for name in came:
+        if beside := kept.get(fused_group(name)):
+            raise EngineError(
+                f"weight sync: {name} came without {beside}; the engine stores them as one module: send whole modules"
+            )
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker; prefix `dapo_` keeps clear of its names."""
 
@@ -85,20 +100,30 @@ class WorkerExtension:
 
             ascend.repair_worker(self)
 
-    def dapo_begin_update(self) -> None:
-        """Bring the layers back to the form in which they were before loading (undo packing and transposing)."""
+    def dapo_begin_update(self, unchanged: list[str]) -> None:
+        """Bring the layers back to the form in which they were before loading (undo packing and transposing).
+
+        Args:
+            unchanged: names that do not come; what they were proven to be is remembered.
+        """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
-        self._dapo_sums: dict[str, float] = {}
+        given: dict[str, float] = getattr(self, "_dapo_sums", {})
+        if never := [name for name in unchanged if name not in given]:
+            raise EngineError(f"weight sync: {never[0]} was not sent, and this engine has never been given it")
+        self._dapo_sums: dict[str, float] = {name: given[name] for name in unchanged}
         self._dapo_names: list[str] = []
+        self._dapo_kept = unchanged
+        self._dapo_kernels: list[tuple[Any, Any]] = []
         if self._dapo_on_cpu():
             # vLLM 0.32 on CPU takes a second load of experts for an update of packed weights and leaves them
             # unpacked: no error, wrong answers (3.4 nats). Without its kernel object it packs again.
             for module in model.modules():
                 method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
+                    self._dapo_kernels.append((method, method.moe_kernel))
                     method.moe_kernel = None
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
             initialize_layerwise_reload(model)
@@ -127,6 +152,9 @@ class WorkerExtension:
         runner = self.model_runner
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
             finalize(runner.get_model(), runner.model_config)
+            for method, kernel in self._dapo_kernels:
+                if method.moe_kernel is None:  # of a layer that did not come: its packed weights are still there
+                    method.moe_kernel = kernel
             if self._dapo_on_cpu():
                 self._dapo_pack_head()
                 # A NaN once written into a block of the cache leaks into every later sequence that reuses it.
@@ -134,6 +162,7 @@ class WorkerExtension:
                     cache.zero_()
         # Only now: a layer left open could not be opened again by the next update.
         check_whole_groups(self._dapo_names)
+        check_kept_groups(map(to_transformers_name, self._dapo_names), self._dapo_kept)
 
     def _dapo_pack_head(self) -> None:
         """A head tied to the embeddings receives no tensor of its own, so vLLM on CPU keeps its old packed copy."""
@@ -151,7 +180,7 @@ class WorkerExtension:
         for name, tensor in weights:
             whole = to_transformers_name(name)
             self._dapo_names.append(name)
-            self._dapo_sums[whole] = self._dapo_sums.get(whole, 0.0) + float(tensor.abs().sum(dtype=torch.float64))
+            self._dapo_sums[whole] = self._dapo_sums.get(whole, 0.0) + absolute_sum(tensor)
             yield name, tensor
 
     def _dapo_on_cpu(self) -> bool:

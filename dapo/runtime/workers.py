@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ class Worker:
         from dapo.data.processor import PromptProcessor
         from dapo.rollout.choice import make_engine
         from dapo.train.fsdp_policy import FsdpPolicy
+        from dapo.train.sync import WeightSync
 
         host, _, port = rendezvous.rpartition(":")
         os.environ.update(
@@ -63,12 +63,14 @@ class Worker:
         self.policy = FsdpPolicy(self.config, Path(weights), self.processor, rank=self.rank, world=self.world)
         self._make_engine = lambda: make_engine(self.config, Path(weights), self.processor, self.policy.device)
         self.engine = self._make_engine()
+        self.weight_sync = WeightSync(self.policy)
         return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self.policy.device)}
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         return self.engine.generate(prompts, params)
 
     def restart_engine(self) -> None:
+        self.weight_sync.forget()
         self.engine.close()
         self.engine = self._make_engine()
 
@@ -93,12 +95,13 @@ class Worker:
     def sync(self, version: int) -> dict[str, float]:
         from dapo.rollout.checks import compare_fingerprints
 
-        started = time.perf_counter()
-        self.engine.update_weights(self.policy.named_weights(), version)
-        seconds = time.perf_counter() - started
-        compare_fingerprints(trainer=self.policy.fingerprint(), engine=self.engine.fingerprint())
-        gigabytes = self.policy.weight_bytes / 1e9
-        return {"time/sync_copy": seconds, "engine/sync_gb_per_s": gigabytes / max(seconds, 1e-9)}
+        sent = self.weight_sync.send(lambda weights, unchanged: self.engine.update_weights(weights, version, unchanged))
+        try:
+            compare_fingerprints(trainer=sent.fingerprint, engine=self.engine.fingerprint())
+        except EngineError:
+            self.weight_sync.forget()
+            raise
+        return sent.metrics
 
     def save(self, folder: str) -> None:
         self.policy.save(Path(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -231,9 +231,13 @@ class FsdpPolicy:
         """Of all weights in the compute dtype: what one `named_weights` hands over."""
         return sum(p.numel() for p in self.model.parameters()) * self.compute_dtype.itemsize
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors in the compute dtype, in transformers' names and layout, tied weights once; collective."""
-        return weights.whole_tensors(self.network.model, self.compute_dtype)
+    def named_weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in the compute dtype, in transformers' names and layout, tied weights once; collective.
+
+        Args:
+            names: only these; the same on all ranks.
+        """
+        return weights.whole_tensors(self.network.model, self.compute_dtype, names)
 
     def fingerprint(self) -> dict[str, float]:
         """Float64 sum of absolute values of each of `named_weights`; collective."""

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dapo.model.tensors import absolute_sum, checksum, fused_group, in_buckets
 from dapo.train.parallel import Layout
 
-BUCKET_BYTES = 2**28
-"""Whole tensors gathered in one exchange: many small ones, or one that is larger than this."""
+SMALLEST_BUCKET = 2**26
+"""Bytes; below it, waiting for an exchange takes longer than moving what is in it."""
+
+
+def bucket_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes moved in one exchange: as much as the largest module that engines store as one (a layer's experts)."""
+    groups: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        groups[fused_group(name)] += parameter.numel() * dtype.itemsize
+    return max(SMALLEST_BUCKET, *groups.values())
 
 
 @torch.no_grad()
-def whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(
+    model: nn.Module, dtype: torch.dtype, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Each parameter as a whole, in the order of the model, cast before it is gathered.
 
     Sharded: a collective per bucket, so use it up on all ranks. One bucket is alive at a time if the caller keeps none.
+
+    Args:
+        names: only these.
     """
-    bucket: list[tuple[str, DTensor]] = []
-    size = 0
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        if not isinstance(tensor, DTensor):
-            yield name, tensor.to(dtype)
-            continue
-        if bucket and size + tensor.numel() * dtype.itemsize > BUCKET_BYTES:
-            yield from _gather(bucket, dtype)
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.numel() * dtype.itemsize
-    if bucket:
-        yield from _gather(bucket, dtype)
+    wanted = [
+        (name, parameter.detach()) for name, parameter in model.named_parameters() if names is None or name in names
+    ]
+    limit = bucket_bytes(model, dtype)
+    for bucket in in_buckets(wanted, limit, lambda tensor: tensor.numel() * dtype.itemsize):
+        sharded = [(name, tensor) for name, tensor in bucket if isinstance(tensor, DTensor)]
+        gathered = dict(_gather(sharded, dtype)) if sharded else {}
+        for name, tensor in bucket:
+            yield name, gathered.pop(name) if name in gathered else tensor.to(dtype)
 
 
 def _gather(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -57,15 +67,20 @@ def _gather(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[t
 @torch.no_grad()
 def fingerprint(model: nn.Module, dtype: torch.dtype, layout: Layout) -> dict[str, float]:
     """Float64 sum of absolute values per tensor, from the shards: nothing is gathered."""
-    names, sums = [], []
+    sums = {name: absolute_sum(local.to(dtype)) for name, local in _locals(model)}
+    totals = layout.sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / layout.shard_copies
+    return dict(zip(sums, totals.tolist(), strict=True))
+
+
+def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Per tensor: of the bits of this rank's shard, as an engine would get them."""
+    return {name: checksum(local.to(dtype)) for name, local in _locals(model)}
+
+
+def _locals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # Cast like `whole_tensors`, then on CPU, because not every device has float64.
-        sums.append(local.to(dtype).to("cpu", torch.float64).abs().sum())
-        names.append(name)
-    totals = layout.sum(torch.stack(sums)) / layout.shard_copies
-    return dict(zip(names, totals.tolist(), strict=True))
+        yield name, tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def move(network: nn.Module, device: torch.device) -> None:
