@@ -8,9 +8,9 @@ the trainer's rank 0. Who arranges it, a controller, does this:
    the same time (it waits for the others) and keep it. Only the engine's process is needed: no policy, no FSDP.
 2. For each sync, at the same time on all of them:
 
-   - trainer, every rank: `sent = WeightSync(policy).send(take)` (`dapo.train.sync`; one object for all syncs), with
-     `take` None but on rank 0: `lambda weights, unchanged: broadcast.send(weights, unchanged, weight_sync.bucket_bytes)`.
-     The other ranks take part in gathering.
+   - trainer, every rank: `sent = WeightSync(policy).send(take)` (`dapo.train.sync`; one object for all syncs), where
+     `take` on rank 0 is `lambda weights, unchanged: broadcast.send(weights, unchanged, weight_sync.bucket_bytes)`, and
+     None on the others, which only take part in gathering.
    - engine, every process: `broadcast.receive(lambda weights, unchanged: engine.update_weights(weights, version,
      unchanged))`. `weights` is an iterator; one bucket of it is in memory at a time.
 
