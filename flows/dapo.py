@@ -15,6 +15,7 @@ from typing import Any
 
 from prefect import Flow, flow
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
@@ -22,16 +23,21 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError
 from dapo.runtime.training import already_finished
+from flows.recovery import begin, come_back, wait_for_server
 from tasks import inputs
 from tasks.cached import CachedStage
 from tasks.fetch_weights import fetch_weights
 from tasks.find_cluster import find_cluster
 from tasks.prepare_dataset import prepare_dataset
 from tasks.report import report
-from tasks.train import stopped, train
+from tasks.train import stop_running_job, stopped, train
 from tasks.validate_environment import validate_environment
+from tasks.watch import cancelled, interrupted_when_cancelled
 
 Overrides = dict[str, Any] | list[str] | None
+CONFIGURATION = ("config_path", "overrides", "config")
+"""Names of the parameters that say what to train."""
+_DEFAULT_PATH = "configs/geo3k_tiny.yaml"
 
 
 def resolve(config_path: str, overrides: Overrides = None, config: RunConfig | None = None) -> RunConfig:
@@ -41,14 +47,19 @@ def resolve(config_path: str, overrides: Overrides = None, config: RunConfig | N
     return io.override(config, overrides or ())
 
 
+def configured(parameters: dict[str, Any]) -> RunConfig:
+    """What a flow run's parameters mean, as Prefect keeps them: plain values, and only those that were given."""
+    given = {"config_path": _DEFAULT_PATH} | parameters
+    if given.get("config") is not None:
+        given["config"] = RunConfig.model_validate(given["config"])
+    return resolve(**given)
+
+
 def run_name() -> str:
     """Name of a flow run: model, run, data and time."""
     now = f"{datetime.now():%Y-%m-%d-%H%M%S}"
-    given = dict(flow_run.parameters)
-    if given.get("config") is not None:
-        given["config"] = RunConfig.model_validate(given["config"])
     try:
-        config = resolve(**given)
+        config = configured(flow_run.parameters)
     except DapoError:
         return f"not-valid-{now}"
     source = config.model.source
@@ -58,15 +69,11 @@ def run_name() -> str:
 
 def stop_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """On cancellation, in a process of the worker's: the flow's own may have been killed before it stopped the job."""
-    from tasks.train import stop_running_job
-
-    stop_running_job(resolve(**flow_run.parameters))
+    stop_running_job(configured(flow_run.parameters))
 
 
-@flow(name="dapo", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_job])
-def dapo(
-    config_path: str = "configs/geo3k_tiny.yaml", overrides: Overrides = None, config: RunConfig | None = None
-) -> Any:
+@flow(name="dapo", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_job], on_crashed=[come_back])
+def dapo(config_path: str = _DEFAULT_PATH, overrides: Overrides = None, config: RunConfig | None = None) -> Any:
     """Train a vision-language model with DAPO.
 
     Args:
@@ -75,8 +82,27 @@ def dapo(
         config: a whole configuration instead of the file; the overrides apply to it too.
     """
     run = resolve(config_path, overrides, config)
-    validate_environment(run, "machine")
+    begin()
     to_train = already_finished(run) is None
+    try:
+        with interrupted_when_cancelled():
+            data, weights = _inputs(run, to_train)
+        status = train(run, data, weights)
+    except TerminationSignal:
+        if not cancelled():
+            raise
+        stop_running_job(run)  # an earlier flow run's
+        return Cancelled(message="cancelled before it followed a training")
+    if status not in ("finished", "stopped"):
+        return Cancelled(message=status)
+    report(run)
+    wait_for_server()
+    return stopped(run) if status == "stopped" else status
+
+
+def _inputs(run: RunConfig, to_train: bool) -> tuple[str, str]:
+    """Folders of data and weights, and a machine that was looked at with them."""
+    validate_environment(run, "machine")
     try:
         cluster = find_cluster.submit(run) if to_train else None
         dataset = CachedStage(prepare_dataset, run.data)
@@ -87,11 +113,7 @@ def dapo(
     if cluster is not None:
         cluster.result()
     validate_environment(run, "inputs", data, weights, on_cluster=to_train)
-    status = train(run, data, weights)
-    if status not in ("finished", "stopped"):
-        return Cancelled(message=status)
-    report(run)
-    return stopped(run) if status == "stopped" else status
+    return data, weights
 
 
 if __name__ == "__main__":

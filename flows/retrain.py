@@ -19,7 +19,7 @@ from prefect import Flow, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import FlowPauseTimeout
+from prefect.exceptions import FlowPauseTimeout, TerminationSignal
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
@@ -33,13 +33,16 @@ from dapo.eval.retrain import Split, measuring_config, training_config
 from dapo.observe.layout import RunFolder
 from dapo.observe.registry import Registry
 from dapo.observe.shipper import tracking_uri
-from flows.dapo import Overrides, dapo, resolve
+from flows.dapo import CONFIGURATION, Overrides, configured, dapo, resolve
+from flows.recovery import begin, come_back, wait_for_server
 from tasks.decide import decide
 from tasks.evaluate import evaluate
 from tasks.find_reason import find_reason
 from tasks.progress import artifact_key, best_effort
 from tasks.promote import promote
 from tasks.register import register
+from tasks.train import stop_running_job
+from tasks.watch import cancelled, interrupted_when_cancelled
 
 
 class Approval(RunInput):
@@ -59,17 +62,20 @@ def run_name() -> str:
 
 def stop_training(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """On cancellation: the subflow that trains does not know that its parent was cancelled."""
-    from tasks.train import stop_running_job
-
-    given = flow_run.parameters
-    whole = RunConfig.model_validate(given["config"]) if given.get("config") else None
-    config = resolve(given["config_path"], given.get("overrides"), whole)
+    given = {name: flow_run.parameters[name] for name in CONFIGURATION if name in flow_run.parameters}
+    config = configured(given)
     place = _place(config, str(flow_run.id))
     if place.is_file():
         stop_running_job(RunConfig.model_validate(json.loads(place.read_text())["training"]))
 
 
-@flow(name="retrain", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_training])
+@flow(
+    name="retrain",
+    flow_run_name=run_name,
+    persist_result=False,
+    on_cancellation=[stop_training],
+    on_crashed=[come_back],
+)
 def retrain(
     config_path: str = "configs/geo3k_tiny.yaml",
     overrides: Overrides = None,
@@ -101,6 +107,7 @@ def retrain(
     name = run.mlflow.registered_model
     if not name:
         raise ConfigError("retrain needs a registered model: set mlflow.registered_model, for example to dapo-geo3k")
+    begin()
     begun = _begin(run, because)
     best_effort(create_markdown_artifact, f"{name}: {begun.reason}", key=artifact_key("reason", name))
     if begun.training is None:
@@ -116,8 +123,14 @@ def retrain(
     checkpoint = str(checkpoint_of(folder.root))
     measuring = measuring_config(run, gate_split, gate_overrides or ())
     data = str(json.loads(folder.inputs.read_text())["data"])
-    before = evaluate(measuring, champion.reference if champion else BASE, data, "champion")
-    after = evaluate(measuring, checkpoint, data, "challenger")
+    try:
+        with interrupted_when_cancelled():
+            before = evaluate(measuring, champion.reference if champion else BASE, data, "champion")
+            after = evaluate(measuring, checkpoint, data, "challenger")
+    except TerminationSignal:
+        if not cancelled():
+            raise
+        return Cancelled(message="cancelled while it measured; retry this flow run to go on")
     challenger = register(run, checkpoint, after)
     decision = decide(name, before, after, gate or GateConfig()) | {"because": begun.reason, "run": folder.id}
     if decision["promote"] and approval:
@@ -125,6 +138,7 @@ def retrain(
         decision |= _asked(name, challenger, decision, approval_hours)
     path = promote(run, challenger, begun.champion, decision)
     get_run_logger().info("decision: %s", path)
+    wait_for_server()
     return f"{'promoted' if decision['promote'] else 'refused'}: {'; '.join(decision['reasons'])}"
 
 

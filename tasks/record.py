@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
@@ -14,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from dapo.observe.layout import RunFolder
+from dapo.observe.shipper import page
 from tasks.progress import artifact_key, best_effort
 
 _SHIPPED_WITHIN_S = 60.0
@@ -33,17 +35,18 @@ def record_validation(run: str, step: int, metrics: Mapping[str, float], table: 
     """
     folder = RunFolder(Path(run))
     get_run_logger().info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for event in ("dapo.validation.completed", *(["dapo.best.found"] if best else [])):
+        _emit(event, folder, {"step": step, **metrics})
+    where = _in_mlflow(folder, offset)
     rows = [json.loads(line) for line in (folder.root / table).read_text().splitlines()]
     shown = ("question", "answer", "response", "extracted", "accuracy", "tokens")
     best_effort(
         create_table_artifact,
         [{name: row.get(name) for name in shown} for row in rows],
         key=artifact_key("validation", folder.id),
-        description=f"{folder.id}, step {step}: accuracy {metrics['val/accuracy']:.3f}",
+        description=f"{folder.id}, step {step}: accuracy {metrics['val/accuracy']:.3f}{where}",
     )
-    for event in ("dapo.validation.completed", *(["dapo.best.found"] if best else [])):
-        _emit(event, folder, {"step": step, **metrics})
-    return _in_mlflow(folder, offset)
+    return where
 
 
 @task(task_run_name="log_checkpoint-step-{step}", cache_policy=NO_CACHE, persist_result=False)
@@ -61,15 +64,16 @@ def log_checkpoint(run: str, step: int, path: str, metrics: Mapping[str, float],
     folder = RunFolder(Path(run))
     place = folder.root / path
     get_run_logger().info("step %d: saved %s%s", step, place, " (the best so far)" if best else "")
+    _emit("dapo.checkpoint.saved", folder, {"step": step, "path": str(place), "best": best, **metrics})
+    where = _in_mlflow(folder, offset)
     best_effort(
         create_link_artifact,
         place.as_uri(),
         link_text=f"{folder.id}, step {step}",
         key=artifact_key("checkpoint", folder.id),
-        description=f"Checkpoint of step {step}{', the best so far' if best else ''}",
+        description=f"Checkpoint of step {step}{', the best so far' if best else ''}{where}",
     )
-    _emit("dapo.checkpoint.saved", folder, {"step": step, "path": str(place), "best": best, **metrics})
-    return _in_mlflow(folder, offset)
+    return where
 
 
 def alarm_raised(folder: RunFolder, step: int, name: str, message: str) -> None:
@@ -78,12 +82,14 @@ def alarm_raised(folder: RunFolder, step: int, name: str, message: str) -> None:
 
 
 def _emit(event: str, folder: RunFolder, payload: dict[str, Any]) -> None:
+    """One event; told a second time, after a crash, it has the same id, and Prefect keeps one."""
     resource = {"prefect.resource.id": f"dapo.run.{folder.id}", "prefect.resource.name": folder.id}
-    best_effort(emit_event, event, resource=resource, payload=payload)
+    told = f"{folder.id} {folder.manifest.stat().st_mtime_ns} {event} {payload['step']} {payload.get('name')}"
+    best_effort(emit_event, event, resource=resource, payload=payload, id=uuid5(NAMESPACE_OID, told))
 
 
 def _in_mlflow(folder: RunFolder, offset: int) -> str:
-    """Wait until the shipper has sent the journal up to here; its own file says how far it is."""
+    """Wait until the shipper has sent the journal up to here; a link to the run's page, for a description."""
     end_at = time.monotonic() + _SHIPPED_WITHIN_S
     while time.monotonic() < end_at:
         try:
@@ -91,7 +97,9 @@ def _in_mlflow(folder: RunFolder, offset: int) -> str:
         except (OSError, ValueError):
             state = {"offset": 0}
         if state["offset"] >= offset:
-            return f"{state['tracking_uri']}: run {state['run_id']}"
+            break
         time.sleep(1.0)
-    get_run_logger().warning("MLflow has not got this yet; it is sent when it answers again")
-    return ""
+    else:
+        get_run_logger().warning("MLflow has not got this yet; it is sent when it answers again")
+    address = page(folder)
+    return f" - [MLflow]({address})" if address else ""

@@ -17,11 +17,14 @@ def report(config: RunConfig) -> str:
     from dapo.observe.journal import read
     from dapo.observe.report import headline, summary, write_plots, write_report
     from dapo.observe.shipper import log_artifacts
+    from dapo.observe.shipper import page as mlflow_page
 
     folder = RunFolder.of(config)
     tell(Stage("report", "running"))
     page = write_report(folder)
     lines = [f"| {label} | {value} |" for value, label in headline(summary(list(read(folder.journal))))]
+    if address := mlflow_page(folder):
+        lines.append(f"| MLflow | [{folder.id}]({address}) |")
     best_effort(
         create_markdown_artifact,
         "\n".join([f"# {folder.id}", "", "| | |", "|---|---|", *lines]),

@@ -7,10 +7,8 @@ reading.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe import manifest
-from dapo.observe.journal import Event, follow, read
+from dapo.observe.journal import follow, read
 from dapo.observe.layout import RunFolder
 from dapo.runtime.turn import Ahead
-from tasks.progress import ProgressBar, Stage, tell
-from tasks.record import alarm_raised, log_checkpoint, record_validation
+from tasks.progress import Stage, best_effort, tell
+from tasks.told import Recorder
 from tasks.turn import GaveUp, Turn
-from tasks.watch import CancelWatcher, LogStream
+from tasks.watch import CancelWatcher, LogStream, followed, only_follower
 
 STOP_GRACE_S = 25.0
 """A checkpoint's chance before the job is killed: Prefect kills a cancelled flow's process after 30 s."""
@@ -47,20 +45,25 @@ def train(config: RunConfig, data: str, weights: str) -> str:
         data: folder of prepared data.
         weights: Hugging Face folder.
     """
+    log = get_run_logger()
+    with only_follower(RunFolder.of(config), log):
+        return _train(config, Path(data), Path(weights), log)
+
+
+def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
     from dapo.observe.shipper import Shipper
     from dapo.runtime.cluster import connect
     from dapo.runtime.mirror import require_unused
     from dapo.runtime.training import TrainingJob, already_finished
 
-    log = get_run_logger()
     end = already_finished(config)
     job = None if end else TrainingJob(connect(config), RunFolder.of(config), config)
     if job is not None and config.train.resume == "never" and not job.running():
         if config.train.mirror:
             require_unused(config.train.mirror, RunFolder.of(config))
         put_aside(RunFolder.of(config))
-    folder = make_folder(config, Path(data), Path(weights))
-    records = _Records(folder, config)
+    folder = make_folder(config, data, weights)
+    records = Recorder(folder, config)
     shipper = Shipper(folder, config).start()
     turn = Turn()
     try:
@@ -106,10 +109,15 @@ def stopped(config: RunConfig) -> State[Any]:
 
 
 def stop_running_job(config: RunConfig) -> None:
-    """End this run's job, wherever it was submitted from; nothing happens where none runs."""
+    """End this run's job, wherever it was submitted from, with a checkpoint where it can write one.
+
+    Nothing happens where none runs, or where another flow run follows it.
+    """
     from dapo.runtime.cluster import connect, find_local
     from dapo.runtime.training import TrainingJob
 
+    if followed(RunFolder.of(config)):
+        return
     cluster = connect(config) if config.ray.address else find_local(config)
     if cluster is None:
         return
@@ -153,7 +161,7 @@ def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
     return folder
 
 
-def _follow(job: Any, records: _Records, turn: Turn, log: Any) -> str:
+def _follow(job: Any, records: Recorder, turn: Turn, log: Any) -> str:
     """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
     stream = LogStream(records.folder.job_log, log)
     stop = _Stop(job)
@@ -161,6 +169,7 @@ def _follow(job: Any, records: _Records, turn: Turn, log: Any) -> str:
 
         def idle() -> None:
             stream.pump()
+            records.confirm()
             if watch.cancelled.is_set():
                 stop.press("the flow run was cancelled")
 
@@ -172,8 +181,8 @@ def _follow(job: Any, records: _Records, turn: Turn, log: Any) -> str:
             raise
         except TerminationSignal:
             # A stopping worker sends the same signal as a cancelled run; only the latter ends the training.
-            if watch.cancelled.is_set() or watch.ask():
-                _take_all(job, records, lambda: stop.press("the flow run was cancelled"), lambda: True)
+            if watch.cancelled.is_set() or best_effort(watch.ask):
+                return _take_all(job, records, lambda: stop.press("the flow run was cancelled"), lambda: True)
             raise
         finally:
             job.keep_output()
@@ -181,7 +190,7 @@ def _follow(job: Any, records: _Records, turn: Turn, log: Any) -> str:
 
 def _take_all(
     job: Any,
-    records: _Records,
+    records: Recorder,
     idle: Callable[[], None],
     asked_to_stop: Callable[[], bool],
     waiting: Callable[[Ahead], None] = lambda ahead: None,
@@ -205,49 +214,9 @@ class _Stop:
         if self._pressed_at is None:
             self._pressed_at = time.monotonic()
             tell(Stage("train", "running", words="stopping: waiting for a checkpoint"))
+            if self.job.config.ray.cancel == "now":
+                self._pressed_at -= STOP_GRACE_S
         self.job.request_stop(reason)
         if time.monotonic() - self._pressed_at > STOP_GRACE_S:
             self.job.kill()
             self._pressed_at = time.monotonic()
-
-
-@dataclass
-class _Records:
-    """Journal events as Prefect task runs, each once: the place reached is kept in the run's folder."""
-
-    folder: RunFolder
-    config: RunConfig
-    offset: int = 0
-    _pending: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._place = self.folder.root / "prefect.json"
-        if self._place.exists():
-            self.offset = json.loads(self._place.read_text())["offset"]
-        self._bar = ProgressBar("train", self.folder.id)
-
-    def take(self, event: Event, offset: int) -> None:
-        run, data = str(self.folder.root), event.data
-        match event.kind:
-            case "validation":
-                given = {"metrics": data["metrics"], "table": data["table"], "best": data.get("best", False)}
-                self._pending.append(record_validation.submit(run, event.step, **given, offset=offset))
-            case "checkpoint":
-                given = {"path": data["path"], "metrics": data["metrics"], "best": data["best"]}
-                self._pending.append(log_checkpoint.submit(run, event.step, **given, offset=offset))
-            case "alarm":
-                get_run_logger().warning("step %d: %s: %s", event.step, data["name"], data["message"])
-                alarm_raised(self.folder, event.step, data["name"], data["message"])
-            case "step":
-                self._bar(event.step, self.config.train.steps, f"step {event.step} of {self.config.train.steps}")
-            case "started":
-                get_run_logger().info("attempt %d starts at step %d", data["attempt"], event.step)
-        self.offset = offset
-        partial = self._place.with_suffix(".partial")
-        partial.write_text(json.dumps({"offset": offset}))
-        os.replace(partial, self._place)
-
-    def finish(self) -> None:
-        for future in self._pending:
-            future.wait(timeout=120)
-        self._bar.close()

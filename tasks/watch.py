@@ -1,18 +1,30 @@
-"""What may end a training from outside: a cancelled flow run, a signal. And the job's log on its way to Prefect."""
+"""What may end a training from outside: a cancelled flow run, a signal. Who else follows it. And its log."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import fcntl
 import logging
+import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from prefect.runtime import flow_run
+
+from dapo.observe.layout import RunFolder
+from tasks.progress import best_effort
+
 log = logging.getLogger("dapo.tasks")
 
 _LINES, _PER_S = 40, 10.0
+_WORKER_S = 2.0
+"""The worker's signal comes sooner, where it comes at all."""
 
 
 class CancelWatcher:
@@ -22,10 +34,13 @@ class CancelWatcher:
         flow_run_ids: ours and our parent's, which is the one a user cancels; None where there is no such run, and
             without any nothing is ever cancelled.
         every_s: seconds between two questions.
+        interrupt: a cancelled flow run ends its main thread's work with the signal that the worker should have sent.
     """
 
-    def __init__(self, *flow_run_ids: str | None, every_s: float = 5.0) -> None:
+    def __init__(self, *flow_run_ids: str | None, every_s: float = 5.0, interrupt: bool = False) -> None:
         self.flow_run_ids, self.every_s = [UUID(one) for one in flow_run_ids if one], every_s
+        # Elsewhere nobody catches it: Prefect's handler is the main thread's.
+        self.interrupt = interrupt and threading.current_thread() is threading.main_thread()
         self.cancelled = threading.Event()
         self._end = threading.Event()
         # Prefect keeps its settings in the context, which a thread does not take over by itself.
@@ -61,11 +76,48 @@ class CancelWatcher:
                     while not self._end.wait(self.every_s):
                         if self.ask(client):
                             self.cancelled.set()
+                            if self.interrupt and not self._end.wait(_WORKER_S):
+                                os.kill(os.getpid(), signal.SIGTERM)
                             return
             except Exception as error:
                 # httpx', Prefect's and pydantic's errors: the server is away, and is asked again.
                 log.debug("the flow run's state is not known: %s", error)
                 self._end.wait(self.every_s)
+
+
+@contextlib.contextmanager
+def interrupted_when_cancelled() -> Iterator[None]:
+    """Raises Prefect's TerminationSignal within seconds when our flow run, or its parent, is cancelled.
+
+    The worker does the same only once per flow run: a cancellation after a retry it forgets (Prefect 3.7.7).
+    """
+    with CancelWatcher(flow_run.id, flow_run.parent_flow_run_id, interrupt=True):
+        yield
+
+
+def cancelled() -> bool:
+    """Whether our flow run, or its parent, is cancelled or about to be; False where nobody can tell."""
+    return bool(best_effort(CancelWatcher(flow_run.id, flow_run.parent_flow_run_id).ask))
+
+
+@contextlib.contextmanager
+def only_follower(folder: RunFolder, logger: Any) -> Iterator[None]:
+    """Two flow runs of the same run would tell everything twice: the second waits here, and then finds it told."""
+    place = _follower(folder)
+    with place.open("a") as file:
+        if not _lock(file):
+            logger.info("%s is followed by %s already; waiting for its end", folder.id, place.read_text())
+            with interrupted_when_cancelled():
+                while not _lock(file):
+                    time.sleep(1.0)
+        place.write_text(f"flow run {flow_run.name}, process {os.getpid()}")
+        yield
+
+
+def followed(folder: RunFolder) -> bool:
+    """Whether a flow run follows this run now."""
+    with _follower(folder).open("a") as file:
+        return not _lock(file)
 
 
 class LogStream:
@@ -96,3 +148,18 @@ class LogStream:
                     self.logger.info("%s", line.decode(errors="replace").rstrip())
                 else:
                     self._left_out += 1
+
+
+def _follower(folder: RunFolder) -> Path:
+    place = folder.root.parent / ".followers" / folder.id
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _lock(file: Any) -> bool:
+    """The lock ends with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -62,6 +62,8 @@ class RayConfig(Frozen):
     """Variables that must exist before a process starts (LD_PRELOAD): checked on the workers, not only set."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Times a crashed job is started again; it resumes from its last checkpoint."""
+    cancel: Literal["checkpoint", "now"] = "checkpoint"
+    """What a cancelled flow run's job does first: save a checkpoint, if that takes at most 25 s; or nothing."""
 
 
 class MlflowConfig(Frozen):

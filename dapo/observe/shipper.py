@@ -8,6 +8,7 @@ never waits for it.
 from __future__ import annotations
 
 import base64
+import contextvars
 import io
 import json
 import logging
@@ -77,7 +78,9 @@ class Shipper:
         if self._state.get("tracking_uri", self.uri) != self.uri:
             self._state = {"offset": 0}  # another store: it gets everything from the beginning
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow-shipper")
+        # What it logs belongs to the flow run that started it, which a thread does not know by itself.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._loop,), daemon=True, name="mlflow-shipper")
 
     @property
     def run_id(self) -> str | None:
@@ -158,7 +161,9 @@ class Shipper:
         if self._client is None:
             self._client = connect(self.uri)
         if self.run_id is None:
-            self._state |= {"tracking_uri": self.uri, "run_id": self._find_or_create(self._client)}
+            run_id = self._find_or_create(self._client)
+            experiment = str(self._client.get_run(run_id).info.experiment_id)
+            self._state |= {"tracking_uri": self.uri, "run_id": run_id, "experiment_id": experiment}
             self._remember()
         return self._client, self._state["run_id"]
 
@@ -264,6 +269,18 @@ def log_artifacts(folder: RunFolder, config: RunConfig, files: Iterable[Path], u
     client = connect(tracking_uri(config))
     for file in files:
         client.log_artifact(state["run_id"], str(file), under)
+
+
+def page(folder: RunFolder) -> str | None:
+    """Address of the run's page in MLflow; None before anything was shipped, and for a store without a server."""
+    try:
+        told = json.loads(folder.mlflow.read_text())
+    except (OSError, ValueError):
+        return None
+    uri, experiment = str(told.get("tracking_uri", "")), told.get("experiment_id")
+    if not uri.startswith("http") or experiment is None:
+        return None
+    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{told['run_id']}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

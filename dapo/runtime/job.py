@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
     # After ray.init, which puts a handler of its own there.
-    signal.signal(signal.SIGTERM, lambda *_: folder.stop_request.write_text("the job received SIGTERM\n"))
+    signal.signal(signal.SIGTERM, partial(_stop, folder))
     mirror = None
     if config.train.mirror:
         mirror = Mirror(config.train.mirror, folder, config.train.keep_checkpoints)
@@ -109,6 +110,14 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     workers.close()
     log.info("%s at step %d", status, controller.at.step)
     return 0
+
+
+def _stop(folder: RunFolder, *_: object) -> None:
+    """A stop with a checkpoint; asked before, and not done by now, an end at once: a canceller waits 30 s, not more."""
+    if folder.stop_request.exists():
+        log.error("ended without a checkpoint: it was asked to stop, and then told to")
+        os._exit(1)
+    folder.stop_request.write_text("the job received SIGTERM\n")
 
 
 def load_prompts(config: RunConfig, data: Path, weights: Path) -> tuple[list[Any], list[Any], Any]:

@@ -81,4 +81,15 @@ def test_settings_phone_nobody():
     env = WHOLE["definitions"]["work_pool"]["job_variables"]["env"]
     from dapo.runtime.environment import NO_PHONE_HOME
 
-    assert {k: NO_PHONE_HOME[k] for k in env} == env
+    assert {k: v for k, v in env.items() if not k.startswith("PREFECT_FLOWS_")} == {
+        k: v for k, v in NO_PHONE_HOME.items() if k in env
+    }
+
+
+def test_lost_flow_runs_are_noticed_after_three_heartbeats():
+    from prefect.automations import Automation
+
+    lost = Automation.model_validate(yaml.safe_load((ROOT / "automations.yaml").read_text()))
+    every = int(WHOLE["definitions"]["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert lost.trigger.within.total_seconds() == 3 * every
+    assert lost.actions[0].state == "CRASHED"
