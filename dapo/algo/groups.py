@@ -172,6 +172,8 @@ class GroupBuffer:
 
     def asks(self, prompt_id: str) -> bool:
         """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""
+        if self._verl:
+            return True
         agreed, passed_over = self._agreed.get(prompt_id, (0, 0))
         chance = self.config.revisit ** min(agreed, MOST_AGREED)
         if chance == 1 or random.Random(f"{prompt_id}/{agreed}/{passed_over}").random() < chance:
@@ -222,7 +224,7 @@ class GroupBuffer:
         self._seen_weight = self._seen_weight * decay + seen
         self._count["skipped"] += self._skipped
         self._skipped = 0
-        if self.config.revisit == 1:
+        if self.config.revisit == 1 or self._verl:
             return
         for group, verdict in zip(groups, verdicts, strict=True):
             if verdict is Verdict.KEPT:

@@ -239,8 +239,9 @@ def test_surplus_waits_for_the_next_step_and_makes_its_round_smaller() -> None:
     assert len(buffer) == 0
 
 
-def test_every_prompt_is_asked_every_time_by_default() -> None:
-    buffer = GroupBuffer(SamplingFilterConfig(), 4)
+@pytest.mark.parametrize("config", [SamplingFilterConfig(revisit=1.0), SamplingFilterConfig(compat="verl")])
+def test_as_the_paper_or_the_reference_has_it_every_prompt_is_asked_every_time(config: SamplingFilterConfig) -> None:
+    buffer = GroupBuffer(config, 4)
     for _ in range(5):
         buffer.add([group("p", [False, False])])
         assert buffer.asks("p")
