@@ -21,6 +21,13 @@ class RolloutConfig(Frozen):
     top_k: int = -1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: the model's compute dtype."""
+    devices: Annotated[int, Field(ge=0)] = 0
+    """Devices of their own for the engines; 0: each training device holds an engine too (colocated)."""
+    ahead: bool = False
+    """One-step-off-policy: generate the next step's groups while this one is trained on. Needs `devices`."""
+    finish_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Partial rollouts: a round ends when this share of its groups is complete, and what is unfinished goes on in the
+    next round, with the weights of then. 1.0: every round is generated to its end."""
     tensor_parallel: Count = 1
     expert_parallel: bool = False
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.7

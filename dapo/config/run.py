@@ -147,10 +147,26 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"model.parallel.fsdp_size={p.fsdp_size} must divide model.parallel.world_size={p.world_size}"
             )
-        if p.world_size % self.rollout.tensor_parallel:
+        r = self.rollout
+        engines, called = (r.devices, "rollout.devices") if r.devices else (p.world_size, "model.parallel.world_size")
+        if engines % r.tensor_parallel:
+            raise ValueError(f"rollout.tensor_parallel={r.tensor_parallel} must divide {called}={engines}")
+        if r.ahead and not r.devices:
             raise ValueError(
-                f"rollout.tensor_parallel={self.rollout.tensor_parallel} must divide "
-                f"model.parallel.world_size={p.world_size}"
+                "rollout.ahead=true generates while the training devices train: give the engines devices of their own "
+                "(rollout.devices=N)"
+            )
+        if r.ahead and self.algorithm.sampling.max_staleness < 1:
+            raise ValueError(
+                "rollout.ahead=true trains on groups that are one policy version old: algorithm.sampling.max_staleness "
+                "must be at least 1"
+            )
+        if (r.ahead or r.finish_share < 1) and self.algorithm.sampling.compat == "verl":
+            raise ValueError("algorithm.sampling.compat=verl has neither rollout.ahead nor rollout.finish_share")
+        if r.finish_share < 1 and self.algorithm.correction.kind == "off":
+            raise ValueError(
+                f"rollout.finish_share={r.finish_share} mixes policy versions within a response: switch the correction "
+                "on (algorithm.correction.kind=truncate)"
             )
         over = self.algorithm.overlong
         if over.soft_punishment and over.buffer_tokens >= b.max_response_tokens:
