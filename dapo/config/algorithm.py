@@ -132,8 +132,8 @@ class SamplingFilterConfig(Frozen):
     """No round has more than this many times `prompts_per_step` prompts."""
     revisit: Annotated[float, Field(gt=0, le=1)] = 0.7
     """A prompt whose groups all agreed the last z times it was asked is asked again with probability
-    revisit ** min(z, 4) (selective rollouts, after arXiv 2506.02177): never less than 24 % by default. 1.0: always, as
-    in the paper. Saves about a third of generation from the second epoch on; nothing where none comes twice."""
+    revisit ** min(z, 4) (selective rollouts, after arXiv 2506.02177): never less than 24 % by default. 1.0: always,
+    as in the paper. Saves about a third of generation from the second epoch on; nothing where none comes twice."""
     min_prompts_share: Fraction = 0.25
     """Starvation: a step of at least this share of `prompts_per_step` is trained with exact denominators."""
     patience_rounds: Annotated[int, Field(ge=0)] = 8
