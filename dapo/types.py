@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class FinishReason(enum.StrEnum):
@@ -17,6 +18,8 @@ class FinishReason(enum.StrEnum):
     """An end-of-sequence or stop token was sampled (it is the last of the response's ids)."""
     LENGTH = "length"
     """The token limit was reached: the response is truncated."""
+    UNFINISHED = "unfinished"
+    """The round ended first; the response goes on in the next one (partial rollouts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,42 @@ class Completion:
     """Of each sampled id under the sampling distribution (after temperature and banned ids), nats."""
     finish_reason: FinishReason
     policy_version: int
+    """That wrote it; of several, the oldest."""
+    versions: tuple[tuple[int, int], ...] = ()
+    """Of a response that was continued: (policy version, tokens it wrote), in order. Empty: one version wrote all."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not FinishReason.UNFINISHED
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(policy version, tokens), also where one version wrote all."""
+        return self.versions or ((self.policy_version, len(self.token_ids)),)
+
+    def continued(self, more: Completion) -> Completion:
+        """This unfinished response with what was written after it."""
+        segments = [*self.segments, *more.segments]
+        if segments[-2][0] == segments[-1][0]:
+            (version, count), (_, added) = segments[-2:]
+            segments[-2:] = [(version, count + added)]
+        return Completion(
+            self.token_ids + more.token_ids,
+            self.logprobs + more.logprobs,
+            more.finish_reason,
+            min(version for version, _ in segments),
+            tuple(segments) if len(segments) > 1 else (),
+        )
+
+
+class Finished(NamedTuple):
+    """One response as it leaves the engine."""
+
+    prompt: int
+    """Index into the prompts given."""
+    sample: int
+    completion: Completion
+    """Whole, with what an earlier round wrote of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +210,8 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...]
     """Never sampled, and left out of the softmax: image and video placeholders, ids outside the tokenizer."""
     seed: int = 0
+    finish_share: float = 1.0
+    """Generation ends when this share of the prompts has all its samples; the others come back unfinished."""
 
 
 @dataclass(frozen=True, slots=True)

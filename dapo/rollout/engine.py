@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from dapo.types import Completion, Prompt, SamplingParams
+from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+Begun = Sequence[Sequence[Completion | None]]
+"""Per prompt and sample, what an earlier round wrote: a finished response is not written again, an unfinished one goes
+on, None begins. Empty: everything begins."""
+
+
 class Engine(Protocol):
     """Generates responses with weights that are a copy of the trainer's."""
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions per prompt, in order; each carries the engine's policy version.
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
+        """`params.n` completions per prompt, each as soon as it ended; each carries the engine's policy version.
 
         Each request's random stream depends on (params.seed, prompt id, sample) alone: not on the batch it is in.
+        Where `params.finish_share` ends the round early, what was begun comes last, `UNFINISHED`.
 
         Raises:
             EngineError: the engine died, hung, or returned an id outside the vocabulary, a log-probability that is
                 not finite, or an empty response.
         """
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """All of `stream`, in order of prompt and sample."""
         ...
 
     def update_weights(
@@ -52,3 +63,16 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def collected(stream: Iterable[Finished], prompts: int, samples: int) -> list[list[Completion]]:
+    """What a whole round streamed, in order of prompt and sample."""
+    out: list[list[Completion | None]] = [[None] * samples for _ in range(prompts)]
+    for done in stream:
+        out[done.prompt][done.sample] = done.completion
+    return [[completion for completion in group if completion is not None] for group in out]
+
+
+def prompts_needed(prompts: int, params: SamplingParams) -> int:
+    """Prompts that must have all their samples before a round may end."""
+    return min(prompts, max(1, math.ceil(params.finish_share * prompts)))

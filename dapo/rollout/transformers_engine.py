@@ -6,9 +6,10 @@ stream depends on (seed, prompt id, sample) alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,26 +19,15 @@ from dapo.errors import EngineError, WeightsError
 from dapo.model.tensors import absolute_sum
 from dapo.rollout.checks import check_completion
 from dapo.rollout.decoder import Cache, Decoder
+from dapo.rollout.engine import Begun, collected, prompts_needed
 from dapo.rollout.sampling import Sampler, request_seed, uniforms
-from dapo.types import Completion, FinishReason, Prompt, SamplingParams
+from dapo.rollout.wave import Job, Response, WaveLog, make_jobs
+from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from dapo.data.processor import PromptProcessor
 
-_ROW_QUANTUM = 16
-"""Batch sizes are multiples of this: oneDNN compiles a kernel per size (0.3 to 2 ms each), and keeps it."""
-_COMPACT_BELOW = 7 / 8
-"""Finished rows are dropped when at most this share of the batch still writes."""
 _PROMPT_QUANTUM = 8
-
-
-class Finished(NamedTuple):
-    """One response, as soon as it ended."""
-
-    prompt: int
-    """Index into the prompts given."""
-    sample: int
-    completion: Completion
 
 
 class TransformersEngine:
@@ -77,22 +67,25 @@ class TransformersEngine:
         self.version = 0
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        out: list[list[Completion | None]] = [[None] * params.n for _ in prompts]
-        for done in self.stream(prompts, params):
-            out[done.prompt][done.sample] = done.completion
-        return [[c for c in group if c is not None] for group in out]
+        return collected(self.stream(prompts, params), len(prompts), params.n)
 
     @torch.no_grad()
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[Finished]:
-        """Like `generate`, but each response is given as soon as its batch notices that it ended.
-
-        Raises:
-            EngineError: see `Engine.generate`.
-        """
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
+        """See `Engine.stream`. Responses are given when their batch notices that they ended."""
         if params.max_tokens < 1 or params.n < 1:
             raise EngineError(f"max_tokens={params.max_tokens} and n={params.n} must be at least 1")
-        for wave in self._waves(prompts, params):
-            yield from self._wave(prompts, wave, params)
+        jobs = make_jobs(prompts, params, begun)
+        missing = Counter(job.index for job in jobs for _ in job.samples)
+        allowed = len(prompts) - prompts_needed(len(prompts), params)
+        for wave in self._waves(jobs):
+            for done in self._wave(wave, params, enough=lambda: len(missing) <= allowed):
+                if done.completion.finished:
+                    missing[done.prompt] -= 1
+                    if not missing[done.prompt]:
+                        del missing[done.prompt]
+                yield done
+            if len(missing) <= allowed:
+                return
 
     def update_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int, unchanged: Collection[str] = ()
@@ -134,42 +127,52 @@ class TransformersEngine:
 
     # one wave: prompts decoded together
 
-    def _waves(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[list[int]]:
-        """Indices of prompts whose samples fit the batch and the cache together; similar lengths share a wave."""
+    def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Jobs whose samples fit the batch and the cache together; of equally many samples, and of similar length."""
         layer = self._decoder.layers[0]
         per_token = 2 * layer.kv_heads * layer.head_dim * len(self._decoder.layers) * self._decoder.dtype.itemsize
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids), reverse=True)
+        # Responses that go on come first: they wait longest, and a round that ends early ends at the end of the order.
+        order = sorted(jobs, key=lambda job: (len(job.samples), -len(job.prompt.token_ids)))
         while order:
-            tokens = len(prompts[order[0]].token_ids) + params.n * params.max_tokens
-            fit = min(self.max_num_seqs // params.n, self.kv_cache_bytes // (per_token * tokens))
-            count = max(1, fit)
+            first = order[0]
+            samples = len(first.samples)
+            tokens = len(first.prompt.token_ids) + samples * max(job.limit for job in order)
+            fit = max(1, min(self.max_num_seqs // samples, self.kv_cache_bytes // (per_token * tokens)))
+            count = min(fit, sum(len(job.samples) == samples for job in order))
             yield order[:count]
             order = order[count:]
 
-    def _wave(self, prompts: Sequence[Prompt], wave: list[int], params: SamplingParams) -> Iterator[Finished]:
-        logits, cache = self._prefill([prompts[i] for i in wave], params.n)
-        logits = logits.repeat_interleave(params.n, dim=0)
-        seeds = [request_seed(params.seed, prompts[i].id) + s for i in wave for s in range(params.n)]
+    def _wave(self, wave: list[Job], params: SamplingParams, enough: Callable[[], bool]) -> Iterator[Finished]:
+        samples, longest = len(wave[0].samples), max(job.limit for job in wave)
+        logits, cache = self._prefill([job.prompt for job in wave], samples)
+        logits = logits.repeat_interleave(samples, dim=0)
+        # Named after the prompt alone: a continued response has another seed (the round's), hence other numbers.
+        seeds = [request_seed(params.seed, job.prompt.id) + s for job in wave for s in job.samples]
         sampler = Sampler(params, self.vocab_size, self.device)
         stop = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
         stop[[i for i in params.stop_token_ids if 0 <= i < self.vocab_size]] = True
-        table = self._decoder.angles(self._positions(int(cache.positions.max()) + params.max_tokens))
-        log = _Log(len(seeds), params, stop, self.device)
-        uniform = torch.empty(0, 0)
-        for index in range(params.max_tokens):
+        table = self._decoder.angles(self._positions(int(cache.positions.max()) + longest))
+        limits = torch.tensor([job.limit for job in wave for _ in job.samples], device=self.device)
+        log = WaveLog(limits, stop)
+        uniform, writing = torch.empty(0, 0), len(seeds)
+        for index in range(longest):
             column = index % 64
             if column == 0:
-                uniform = torch.from_numpy(uniforms(seeds, index, min(64, params.max_tokens - index))).to(self.device)
+                uniform = torch.from_numpy(uniforms(seeds, index, min(64, longest - index))).to(self.device)
             ids, logprobs = sampler(logits, uniform[log.rows, column])
-            writing = log.add(index, ids, logprobs)
-            if index + 1 == params.max_tokens or not writing:
+            still, writing = writing, log.add(index, ids, logprobs)
+            if index + 1 == longest or not writing:
                 break
-            if (keep := log.compact(writing)) is not None:
+            keep = log.compact(writing)
+            if keep is not None or (params.finish_share < 1 and writing < still):
                 yield from self._finished(log.take_done(), wave, params)
+                if enough():
+                    break
+            if keep is not None:
                 log.keep(keep)
                 cache.keep(keep, index)
                 ids = ids[keep]
-            logits = self._decoder.step(ids, cache, index, params.max_tokens, table)
+            logits = self._decoder.step(ids, cache, index, longest, table)
         yield from self._finished(log.take_all(), wave, params)
 
     def _prefill(self, prompts: list[Prompt], samples: int) -> tuple[Tensor, Cache]:
@@ -214,73 +217,15 @@ class TransformersEngine:
     def _positions(self, count: int) -> Tensor:
         return torch.arange(count, device=self.device).expand(self._decoder.axes, -1)
 
-    def _finished(self, ended: list[_Response], wave: list[int], params: SamplingParams) -> Iterator[Finished]:
-        for row, ids, logprobs, stopped in ended:
-            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+    def _finished(self, ended: list[Response], wave: list[Job], params: SamplingParams) -> Iterator[Finished]:
+        samples = len(wave[0].samples)
+        for row, ids, logprobs, reason in ended:
+            job = wave[row // samples]
             completion = Completion(tuple(ids), tuple(logprobs), reason, self.version)
             check_completion(completion, self.vocab_size, params.banned_token_ids)
-            yield Finished(wave[row // params.n], row % params.n, completion)
-
-
-_Response = tuple[int, list[int], list[float], bool]
-
-
-class _Log:
-    """What the rows of a wave have written, and which of them still write."""
-
-    def __init__(self, rows: int, params: SamplingParams, stop: Tensor, device: torch.device) -> None:
-        self.rows = torch.arange(rows, device=device)
-        """Number in the wave of each row of the batch."""
-        self.stop = stop
-        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.taken = torch.zeros(rows, dtype=torch.bool)
-        self.ids = torch.zeros(rows, params.max_tokens, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(rows, params.max_tokens, device=device)
-        self.length = 0
-        # Asking an accelerator whether rows have finished stops its queue.
-        self.look_every = 1 if device.type == "cpu" else 8
-
-    def add(self, index: int, ids: Tensor, logprobs: Tensor) -> int:
-        """Note one token per row; returns how many rows still write (where it is not looked: as many as there are)."""
-        self.ids[self.rows, index], self.logprobs[self.rows, index] = ids, logprobs
-        self.length = index + 1
-        self.done |= self.stop[ids]
-        if index % self.look_every:
-            return len(self.rows)
-        return len(self.rows) - int(self.done.sum())
-
-    def compact(self, writing: int) -> Tensor | None:
-        """Rows to keep, if it is worth it: those that write, and as many finished ones as fill the quantum."""
-        size = -(-writing // _ROW_QUANTUM) * _ROW_QUANTUM
-        if size > _COMPACT_BELOW * len(self.rows):
-            return None
-        order = torch.argsort(self.done.to(torch.uint8), stable=True)
-        return order[:size].sort().values
-
-    def keep(self, rows: Tensor) -> None:
-        self.rows, self.done = self.rows[rows], self.done[rows]
-
-    def take_done(self) -> list[_Response]:
-        """Finished rows not taken yet."""
-        return self._take(self.rows[self.done])
-
-    def take_all(self) -> list[_Response]:
-        """Everything left; rows without a stop token reached the limit."""
-        return self._take(self.rows)
-
-    def _take(self, rows: Tensor) -> list[_Response]:
-        rows = rows.cpu()
-        rows = rows[~self.taken[rows]]
-        self.taken[rows] = True
-        there = rows.to(self.ids.device)
-        stopped = self.stop[self.ids[there, : self.length]]
-        # argmax gives the first of equal values: the first stop token.
-        lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, self.length).tolist()
-        ids, logprobs = self.ids[there, : self.length].tolist(), self.logprobs[there, : self.length].tolist()
-        return [
-            (row, ids[i][:n], logprobs[i][:n], flag)
-            for i, (row, n, flag) in enumerate(zip(rows.tolist(), lengths, stopped.any(1).tolist(), strict=True))
-        ]
+            if job.begun is not None:
+                completion = job.begun.continued(completion)
+            yield Finished(job.index, job.samples[row % samples], completion)
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

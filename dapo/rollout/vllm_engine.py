@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout import ascend
-from dapo.rollout.checks import check_completion
-from dapo.rollout.sampling import request_seed
+from dapo.rollout.engine import Begun, collected
 from dapo.rollout.vllm_process import start_vllm, stop_vllm, weight_files
+from dapo.rollout.vllm_requests import Requests
 from dapo.rollout.vllm_worker import to_checkpoint_names
-from dapo.types import Completion, FinishReason, Prompt, SamplingParams
+from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from dapo.config.run import RunConfig
@@ -138,15 +138,15 @@ class VllmEngine:
         )
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        return collected(self.stream(prompts, params), len(prompts), params.n)
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
+        """See `Engine.stream`. The samples of a new prompt are given together, when the last of them ended; one by one
+        only where the round may end early."""
         if self._asleep:
             raise EngineError(f"generate was called while the engine sleeps ({', '.join(sorted(self._asleep))})")
-        requests = [self._request(prompt) for prompt in prompts]
-        sampling = [self._sampling(params, prompt) for prompt in prompts]
-        try:
-            outputs = self.llm.generate(requests, sampling, use_tqdm=False)
-        except Exception as error:  # vLLM raises many kinds; whichever it is, this round has failed
-            raise EngineError(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
-        return [self._completions(o, p, params) for o, p in zip(outputs, prompts, strict=True)]
+        requests = Requests(self.llm.llm_engine, self.processor, self.vocab_size, self.version)
+        yield from requests.stream(prompts, params, begun)
 
     def update_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int, unchanged: Collection[str] = ()
@@ -203,56 +203,6 @@ class VllmEngine:
         """Stop the engine and give its memory back; a new one may be made in this process afterwards."""
         stop_vllm(self.llm, owns_process_group=self._owns_process_group)
         del self.llm
-
-    # requests
-
-    def _request(self, prompt: Prompt) -> dict[str, Any]:
-        from dapo.data.images import decode_image
-
-        # vLLM expands placeholders by itself; expanded ones it would silently expand again.
-        request: dict[str, Any] = {"prompt_token_ids": self.processor.collapse(prompt.token_ids)}
-        if prompt.images:
-            request["multi_modal_data"] = {"image": [decode_image(data) for data in prompt.images]}
-        return request
-
-    def _sampling(self, params: SamplingParams, prompt: Prompt) -> Any:
-        import vllm
-
-        return vllm.SamplingParams(
-            n=params.n,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            max_tokens=params.max_tokens,
-            # vLLM gives sample i the seed after this one plus i.
-            seed=request_seed(params.seed, prompt.id),
-            logprobs=0,
-            flat_logprobs=True,
-            # Ours are the stop ids; the tokenizer's own would stop besides.
-            ignore_eos=True,
-            stop_token_ids=list(params.stop_token_ids),
-            logit_bias=dict.fromkeys(params.banned_token_ids, -100.0) or None,
-            detokenize=False,
-        )
-
-    def _completions(self, output: Any, prompt: Prompt, params: SamplingParams) -> list[Completion]:
-        if tuple(output.prompt_token_ids) != prompt.token_ids:
-            raise EngineError(
-                f"prompt {prompt.id}: vLLM saw {len(output.prompt_token_ids)} tokens, the trainer has "
-                f"{len(prompt.token_ids)}; their image processors or templates differ"
-            )
-        if len(output.outputs) != params.n:
-            raise EngineError(f"prompt {prompt.id}: vLLM returned {len(output.outputs)} samples of {params.n}")
-        completions = []
-        for sample in sorted(output.outputs, key=lambda one: one.index):
-            flat = sample.logprobs
-            logprobs = tuple(flat.logprobs[i] for i in flat.start_indices)
-            stopped = bool(sample.token_ids) and sample.token_ids[-1] in params.stop_token_ids
-            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-            completion = Completion(tuple(sample.token_ids), logprobs, reason, self.version)
-            check_completion(completion, self.vocab_size, params.banned_token_ids)
-            completions.append(completion)
-        return completions
 
     # workers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 
 from dapo.data.processor import PromptProcessor
-from dapo.types import Completion, Prompt, SamplingParams
+from dapo.types import Completion, FinishReason, Prompt, SamplingParams
 from tests.data.folders import PADDED_VOCAB, picture, write_text_folder, write_vision_folder
 
 LETTERS = tuple(range(ord("!") - 33, ord("!") - 33 + 30))
@@ -171,3 +172,42 @@ def largest_gap(
             plain = torch.log_softmax(logits, -1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
             gaps.append((plain - torch.tensor(one.logprobs)).abs().max())
     return float(torch.stack(gaps).max())
+
+
+def in_rounds(engine: Any, prompts: list[Prompt], params: SamplingParams) -> tuple[list[list[Completion]], int]:
+    """All responses, written in as many rounds as it takes, each by a policy version of its own; and the rounds."""
+    begun: list[list[Completion | None]] = [[None] * params.n for _ in prompts]
+    rounds = 0
+    while not all(one is not None and one.finished for group in begun for one in group):
+        engine.version = rounds
+        open_prompts = [i for i, group in enumerate(begun) if not all(one and one.finished for one in group)]
+        asked = [prompts[i] for i in open_prompts]
+        for done in engine.stream(asked, params, [begun[i] for i in open_prompts]):
+            before = begun[open_prompts[done.prompt]][done.sample]
+            assert before is None or not before.finished
+            begun[open_prompts[done.prompt]][done.sample] = done.completion
+        rounds += 1
+    engine.version = 0
+    return [[one for one in group if one is not None] for group in begun], rounds
+
+
+def check_partial_rollouts(engine: Any, trainer: Any, processor: PromptProcessor, exact: float) -> None:
+    """What is written in several rounds is what one round would have written, and its log-probs are exact."""
+    prompts = make_prompts(processor, 6)
+    greedy = sampling(processor, n=1, temperature=0.0, max_tokens=20, finish_share=0.3)
+    out, rounds = in_rounds(engine, prompts, greedy)
+    whole = engine.generate(prompts, replace(greedy, finish_share=1.0))
+    assert rounds > 1
+    assert [[one.token_ids for one in group] for group in out] == [[one.token_ids for one in g] for g in whole]
+    params = sampling(processor, finish_share=0.3)
+    out, rounds = in_rounds(engine, prompts, params)
+    continued = [one for group in out for one in group if one.versions]
+    assert rounds > 1
+    assert continued
+    for one in continued:
+        assert [version for version, _ in one.versions] == sorted({version for version, _ in one.versions})
+        assert sum(count for _, count in one.versions) == len(one.token_ids) == len(one.logprobs)
+        assert one.policy_version == one.versions[0][0]
+        assert len(one.token_ids) <= params.max_tokens
+        assert (one.finish_reason is FinishReason.LENGTH) == (one.token_ids[-1] not in params.stop_token_ids)
+    assert largest_gap(trainer, processor, prompts, out, params.temperature) < exact

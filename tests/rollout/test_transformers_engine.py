@@ -13,7 +13,15 @@ from dapo.data.processor import PromptProcessor
 from dapo.errors import EngineError, WeightsError
 from dapo.rollout.transformers_engine import TransformersEngine
 from dapo.types import Completion, FinishReason
-from tests.rollout.small import distributions, largest_gap, load_plain, make_prompts, sampling, shake
+from tests.rollout.small import (
+    check_partial_rollouts,
+    distributions,
+    largest_gap,
+    load_plain,
+    make_prompts,
+    sampling,
+    shake,
+)
 
 Folders = Callable[[str], Path]
 Processors = Callable[[str], PromptProcessor]
@@ -89,6 +97,13 @@ def test_small_waves_give_the_same_tokens(engine_of: Engines, processor_of: Proc
     prompts, params = make_prompts(processor, 5), sampling(processor)
     narrow = TransformersEngine(folder_of("dense"), processor, max_num_seqs=4)
     assert _ids(narrow.generate(prompts, params)) == _ids(engine_of("dense").generate(prompts, params))
+
+
+@pytest.mark.parametrize("kind", ["dense", "text_moe"])
+def test_a_response_written_in_rounds_is_the_response_of_one_round(
+    kind: str, engine_of: Engines, folder_of: Folders, processor_of: Processors
+) -> None:
+    check_partial_rollouts(engine_of(kind), load_plain(folder_of(kind)), processor_of(kind), exact=1e-5)
 
 
 def test_samples_seeds_and_prompts_have_their_own_streams(engine_of: Engines, processor_of: Processors) -> None:

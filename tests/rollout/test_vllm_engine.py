@@ -19,7 +19,15 @@ from dapo.data.processor import PromptProcessor
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout.checks import check_probe, compare_fingerprints, default_tolerance, probe_gap
 from dapo.types import Completion, FinishReason, Prompt
-from tests.rollout.small import distributions, largest_gap, load_plain, make_prompts, sampling, shake
+from tests.rollout.small import (
+    check_partial_rollouts,
+    distributions,
+    largest_gap,
+    load_plain,
+    make_prompts,
+    sampling,
+    shake,
+)
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (make install-vllm)", allow_module_level=True)
@@ -117,6 +125,12 @@ def test_tokens_do_not_depend_on_the_batch_they_are_in(engine: VllmEngine, proce
     assert _ids(engine.generate(prompts[2:3], replace(params, n=2))) == [together[2][:2]]
     assert len(set(together[0])) == 4
     assert _ids(engine.generate(prompts, replace(params, seed=8))) != together
+
+
+def test_a_response_written_in_rounds_is_the_response_of_one_round(
+    engine: VllmEngine, trainer: Any, processor: PromptProcessor
+) -> None:
+    check_partial_rollouts(engine, trainer, processor, EXACT)
 
 
 @pytest.mark.usefixtures("trainer")
