@@ -194,11 +194,14 @@ def in_rounds(engine: Any, prompts: list[Prompt], params: SamplingParams) -> tup
 def check_partial_rollouts(engine: Any, trainer: Any, processor: PromptProcessor, exact: float) -> None:
     """What is written in several rounds is what one round would have written, and its log-probs are exact."""
     prompts = make_prompts(processor, 6)
-    greedy = sampling(processor, n=1, temperature=0.0, max_tokens=20, finish_share=0.3)
-    out, rounds = in_rounds(engine, prompts, greedy)
-    whole = engine.generate(prompts, replace(greedy, finish_share=1.0))
-    assert rounds > 1
-    assert [[one.token_ids for one in group] for group in out] == [[one.token_ids for one in g] for g in whole]
+    greedy = sampling(processor, n=1, temperature=0.0, max_tokens=20, stop_token_ids=())
+    first = [
+        [replace(one, finish_reason=FinishReason.UNFINISHED) for one in group]
+        for group in engine.generate(prompts, replace(greedy, max_tokens=7))
+    ]
+    whole = engine.generate(prompts, greedy)
+    for done in engine.stream(prompts, greedy, first):
+        assert done.completion.token_ids == whole[done.prompt][done.sample].token_ids
     params = sampling(processor, finish_share=0.3)
     out, rounds = in_rounds(engine, prompts, params)
     continued = [one for group in out for one in group if one.versions]
