@@ -202,7 +202,7 @@ def check_partial_rollouts(engine: Any, trainer: Any, processor: PromptProcessor
     whole = engine.generate(prompts, greedy)
     for done in engine.stream(prompts, greedy, first):
         assert done.completion.token_ids == whole[done.prompt][done.sample].token_ids
-    params = sampling(processor, n=2, max_tokens=80, finish_share=0.3)
+    params = sampling(processor, n=2, max_tokens=60, finish_share=0.3, stop_token_ids=LETTERS[:4])
     out, rounds = in_rounds(engine, prompts, params)
     continued = [one for group in out for one in group if one.versions]
     assert rounds > 1
