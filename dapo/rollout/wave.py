@@ -105,15 +105,14 @@ class WaveLog:
         there = rows.to(self.ids.device)
         stopped = self.stop[self.ids[there, : self.length]]
         # argmax gives the first of equal values: the first stop token. A finished row writes on until it is dropped.
-        ends = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, self.length + 1)
-        limits = self.limits[there]
-        lengths = torch.minimum(ends, limits).clamp(max=self.length).tolist()
+        ends = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, self.ids.shape[1] + 1).tolist()
         ids, logprobs = self.ids[there, : self.length].tolist(), self.logprobs[there, : self.length].tolist()
-        reasons = [
-            FinishReason.STOP if end <= limit else FinishReason.LENGTH if n == limit else FinishReason.UNFINISHED
-            for end, limit, n in zip(ends.tolist(), limits.tolist(), lengths, strict=True)
-        ]
-        return [
-            (row, ids[i][:n], logprobs[i][:n], reason)
-            for i, (row, n, reason) in enumerate(zip(rows.tolist(), lengths, reasons, strict=True))
-        ]
+        out = []
+        for i, (row, end, limit) in enumerate(zip(rows.tolist(), ends, self.limits[there].tolist(), strict=True)):
+            length = min(end, limit, self.length)
+            if end <= limit:
+                reason = FinishReason.STOP
+            else:
+                reason = FinishReason.LENGTH if length == limit else FinishReason.UNFINISHED
+            out.append((row, ids[i][:length], logprobs[i][:length], reason))
+        return out
