@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         _drop_half_line(path)
         self._written = {(e.kind, e.step) for e in read(path) if e.kind in ONCE_PER_STEP}
 
@@ -57,7 +59,8 @@ class Journal:
         """Write one event and flush it to disk; False where it was there already (`ONCE_PER_STEP`)."""
         if (kind, step) in self._written:
             return False
-        with self.path.open("a") as file:
+        # Generation ahead of its step writes from a thread of its own.
+        with self._lock, self.path.open("a") as file:
             file.write(Event(kind, step, data, time.time()).line())
             file.flush()
             if kind != "progress":

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dapo.algo.batch import build_train_batch, subtract_kl
-from dapo.algo.groups import GroupBuffer
+from dapo.algo.groups import SamplingReport
 from dapo.algo.health import Health
 from dapo.algo.kl import KlController
 from dapo.config.run import RunConfig
-from dapo.data.loader import PromptLoader
 from dapo.errors import EngineError, RunStopped, StarvationError
 from dapo.eval import results
 from dapo.eval.validate import summarise, table_rows
@@ -35,6 +34,7 @@ from dapo.observe.metrics import speed_metrics, step_metrics
 from dapo.plan.packing import CostModel, plan_packs
 from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime import checkpoints
+from dapo.runtime.dynamic_sampling import DynamicSampling
 from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text
 from dapo.runtime.mirror import Mirror
 from dapo.runtime.proof import probe
@@ -49,14 +49,10 @@ STOP_S = 10.0
 
 @dataclass
 class Counters:
-    """What a resumed run must know besides weights, loader, buffer and health."""
+    """What a resumed run must know besides weights, sampling and health."""
 
     step: int = 0
     policy_version: int = 0
-    serial: int = 0
-    """Groups generated so far."""
-    responses: int = 0
-    """Responses generated for training so far, whether they were trained on or not."""
     best_accuracy: float = -1.0
     """Of all validations."""
 
@@ -81,12 +77,9 @@ class Controller:
         self.config, self.folder, self.journal, self.cost = config, folder, journal, cost
         self.mirror = mirror
         self.policy, self.engine = policy, engine
-        self.prompts, self.held_out = prompts, held_out
+        self.held_out = held_out
         self.generation = Generation(config, engine, rewards, text, restarted=self.engine_restarted, phase=self.phase)
-        self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
-        self.buffer = GroupBuffer(
-            config.algorithm.sampling, config.batch.prompts_per_step, config.batch.prompts_per_round
-        )
+        self.sampling = DynamicSampling(config, prompts, self.generation, between_rounds=self.stop_if_asked)
         self.health = Health(config.algorithm.alarms)
         self.kl = KlController(config.algorithm.kl)
         self.checkpoints = checkpoints.Checkpoints(
@@ -108,11 +101,11 @@ class Controller:
             self.sync()
             if self.at.step == 0 and self.config.validation.before_training:
                 self.validate()
-            while self.at.step < train.steps and not self.loader.exhausted:
+            while self.at.step < train.steps and not self.sampling.exhausted:
                 self.stop_if_asked()
                 self.checkpoints.notice()
                 self.step()
-                last = self.at.step == train.steps or self.loader.exhausted
+                last = self.at.step == train.steps or self.sampling.exhausted
                 if last or _due(self.at.step, train.test_freq):
                     self.validate()
                 if last or _due(self.at.step, train.save_freq) or self.checkpoints.owed:
@@ -137,7 +130,9 @@ class Controller:
         started = time.perf_counter()
         self.seconds.clear()
         at = self.at
-        groups = self.collect_groups()
+        groups, sampled = self.collect_groups()
+        if self.config.rollout.ahead and at.step + 1 < self.config.train.steps:
+            self.sampling.begin_next(at.policy_version + 1)
         build = partial(
             build_train_batch,
             config=self.config.algorithm,
@@ -167,35 +162,32 @@ class Controller:
             with self.phase("update", index, len(batch.updates)):
                 updates.append(self.policy.update(batch, plan, index))
         self.kl.update(kl, sum(len(g.rollouts) for g in groups))
+        if self.config.rollout.ahead:
+            self.settle()
         at.step += 1
         at.policy_version += 1
         sync = self.sync()
-        metrics = step_metrics(groups, [u.metrics for u in updates], self.buffer.report(), at.responses)
+        metrics = step_metrics(groups, [u.metrics for u in updates], sampled, self.sampling.responses)
         seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
         speed = speed_metrics(groups, seconds, self.config.model.parallel.world_size)
         self.finish_step(metrics | sync | speed | {"train/kl_coef": self.kl.coef}, seconds)
 
-    def collect_groups(self) -> list[RolloutGroup]:
+    def collect_groups(self) -> tuple[list[RolloutGroup], SamplingReport]:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""
-        self.buffer.begin_step(self.at.policy_version)
-        while (size := self.buffer.next_round_size()) > 0:
-            offered = self.loader.take(size)
-            if not offered:
-                break
-            indices = [i for i in offered if self.buffer.asks(self.prompts[i].id)]
-            if not indices:
-                continue
-            params = self.generation.training(self.at.serial)
-            groups = self.generation.groups([self.prompts[i] for i in indices], params, self.at.serial, "generate")
-            self.at.serial += len(groups)
-            self.at.responses += sum(len(g.rollouts) for g in groups)
-            self.buffer.add(groups)
-            self.stop_if_asked()
         try:
-            return self.buffer.take()
+            return self.sampling.collect(self.at.policy_version)
         except StarvationError as starved:
             self.journal.append("alarm", self.at.step, name="starvation", message=str(starved))
             raise RunStopped(str(starved)) from starved
+
+    def settle(self) -> None:
+        """The end of what is generated ahead; an engine that died meanwhile gets its weights by the step's sync."""
+        with self.phase("wait_for_engine"):
+            try:
+                self.sampling.settle()
+            except EngineError as error:
+                self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
+                self.engine.restart()
 
     # ---- around the step --------------------------------------------------------------------------------------------
 
@@ -214,7 +206,7 @@ class Controller:
             self.engine,
             self.policy,
             self.held_out[:PROBE_PROMPTS],
-            dataclasses.replace(self.generation.training(self.at.serial), n=1),
+            dataclasses.replace(self.generation.training(self.sampling.serial), n=1),
             ranks=self.config.data_parallel,
             tokens_per_pack=self.config.batch.tokens_per_pack,
         )
@@ -227,7 +219,7 @@ class Controller:
 
     def validate(self) -> None:
         """Measure the policy on the held-out prompts."""
-        groups = self.generation.groups(self.held_out, self.generation.validation(), 0, "validate")
+        groups = self.generation.validation_groups(self.held_out)
         metrics = summarise(groups)
         table = self.folder.validation_table(self.at.step)
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -261,16 +253,14 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         return {
             "counters": dataclasses.asdict(self.at),
-            "loader": self.loader.state_dict(),
-            "buffer": self.buffer.state_dict(),
+            "sampling": self.sampling.state_dict(),
             "health": self.health.state_dict(),
             "kl": self.kl.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.at = Counters(**state["counters"])
-        self.loader.load_state_dict(state["loader"])
-        self.buffer.load_state_dict(state["buffer"])
+        self.sampling.load_state_dict(state["sampling"])
         self.health.load_state_dict(state["health"])
         self.kl.load_state_dict(state["kl"])
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from dapo.algo.batch import judged
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError, RewardError
-from dapo.types import Completion, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
+from dapo.records import completion_from_plain, completion_to_plain, prompt_from_plain, prompt_to_plain
+from dapo.rollout.engine import Begun
+from dapo.types import Completion, Finished, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
 
 
 class EngineDoor(Protocol):
     """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
 
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]: ...
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
     def restart(self) -> None: ...
     def sleep(self) -> None: ...
@@ -35,6 +39,50 @@ class Text:
     stop_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
     decode_many: Callable[[Sequence[Sequence[int]]], list[str]]
+
+
+@dataclass
+class OpenGroup:
+    """A prompt whose responses are being written, over one round or several."""
+
+    prompt: Prompt
+    serial: int
+    completions: list[Completion | None]
+    outcomes: dict[int, tuple[Outcome, str]] = field(default_factory=dict)
+    """Of the finished ones: the verdict and the text."""
+
+    @property
+    def complete(self) -> bool:
+        return all(completion is not None and completion.finished for completion in self.completions)
+
+    def token_ids(self, sample: int) -> tuple[int, ...]:
+        completion = self.completions[sample]
+        assert completion is not None, "only what was written is judged"
+        return completion.token_ids
+
+    def forget(self, older_than: int) -> None:
+        """Begin anew where a response was begun too long ago."""
+        if any(c is not None and c.policy_version < older_than for c in self.completions):
+            self.completions = [None] * len(self.completions)
+            self.outcomes.clear()
+
+    def judged(self) -> RolloutGroup:
+        rollouts = tuple(
+            Rollout(self.prompt.id, i, completion, *self.outcomes[i])
+            for i, completion in enumerate(self.completions)
+            if completion is not None
+        )
+        return RolloutGroup(self.prompt, rollouts, serial=self.serial)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a checkpoint; verdicts are asked for again."""
+        written = [None if c is None else completion_to_plain(c) for c in self.completions]
+        return {"prompt": prompt_to_plain(self.prompt), "serial": self.serial, "completions": written}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> OpenGroup:
+        written = [None if c is None else completion_from_plain(c) for c in plain["completions"]]
+        return cls(prompt_from_plain(plain["prompt"]), plain["serial"], written)
 
 
 class Generation:
@@ -57,22 +105,77 @@ class Generation:
     ) -> None:
         self.config, self.engine, self.rewards, self.text = config, engine, rewards, text
         self._restarted, self._phase = restarted, phase
+        self.restarts_itself = True
+        """False: a dead engine is the caller's to restart."""
+        self.open: list[OpenGroup] = []
+        """Asked, and not fully answered yet."""
 
-    def groups(self, prompts: Sequence[Prompt], params: SamplingParams, serial: int, phase: str) -> list[RolloutGroup]:
-        """Sample `params.n` responses per prompt and have them judged; groups are numbered from `serial` on."""
-        with self._phase(phase):
-            completions = self._generate(prompts, params)
-        with self._phase("reward"):
-            texts = self.text.decode_many([c.token_ids for group in completions for c in group])
-            answers = [p.answer for p, group in zip(prompts, completions, strict=True) for _ in group]
-            outcomes = self.rewards.score(list(zip(texts, answers, strict=True)))
-        judgements = zip(outcomes, texts, strict=True)
-        groups: list[RolloutGroup] = []
-        for prompt, samples in zip(prompts, completions, strict=True):
-            rollouts = tuple(Rollout(prompt.id, i, c, *next(judgements)) for i, c in enumerate(samples))
-            groups.append(judged(RolloutGroup(prompt, rollouts, serial=serial + len(groups)), self.config))
+    def training_groups(
+        self, prompts: Sequence[Prompt], version: int, serial: int, *, last: bool = False
+    ) -> list[RolloutGroup]:
+        """One round: what earlier rounds left unfinished, and new prompts, numbered from `serial` on.
+
+        Args:
+            version: policy version that will be trained on them; a response that was begun more than `max_staleness`
+                versions before it begins anew.
+            last: no more prompts will come: everything is written to its end.
+        """
+        params = self.training(serial)
+        if last:
+            params = replace(params, finish_share=1.0)
+        for group in self.open:
+            group.forget(older_than=version - self.config.algorithm.sampling.max_staleness)
+        self.open += [OpenGroup(p, serial + i, [None] * params.n) for i, p in enumerate(prompts)]
+        # `open` holds them until they are judged: where the engine fails for good, nothing is lost.
+        groups = self._round(self.open, params, "generate")
+        self.open = [group for group in self.open if not group.complete]
         self._stop_on_broken_reward(groups)
         return groups
+
+    def validation_groups(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """The held-out prompts, answered and judged."""
+        params = self.validation()
+        groups = self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate")
+        self._stop_on_broken_reward(groups)
+        return groups
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [group.to_plain() for group in self.open]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        self.open = [OpenGroup.from_plain(plain) for plain in state]
+
+    def _round(self, asked: Sequence[OpenGroup], params: SamplingParams, phase: str) -> list[RolloutGroup]:
+        """The groups that are complete, in the order asked. Responses are judged while others are still written."""
+        with ThreadPoolExecutor(1, "reward") as grader:  # it waits for the judging processes
+            verdicts: list[Future[None]] = []
+            waiting = [(group, i) for group in asked for i, c in enumerate(group.completions) if c and c.finished]
+
+            def judge() -> None:
+                verdicts.append(grader.submit(self._judge, list(waiting)))
+                waiting.clear()
+
+            with self._phase(phase):
+                for done in self._stream(asked, params):
+                    group = asked[done.prompt]
+                    group.completions[done.sample] = done.completion
+                    if done.completion.finished:
+                        waiting.append((group, done.sample))
+                        if not verdicts or verdicts[-1].done():
+                            judge()
+            with self._phase("reward"):
+                judge()
+                for verdict in verdicts:
+                    verdict.result()
+        return [judged(group.judged(), self.config) for group in asked if group.complete]
+
+    def _judge(self, finished: Sequence[tuple[OpenGroup, int]]) -> None:
+        new = [(group, i) for group, i in finished if i not in group.outcomes]
+        texts = self.text.decode_many([group.token_ids(i) for group, i in new])
+        answers = [group.prompt.answer for group, _ in new]
+        outcomes = self.rewards.score(list(zip(texts, answers, strict=True)))
+        for (group, i), outcome, text in zip(new, outcomes, texts, strict=True):
+            group.outcomes[i] = outcome, text
 
     def training(self, serial: int) -> SamplingParams:
         """How responses to train on are sampled; `serial` (of the round's first group) gives each round its streams."""
@@ -86,6 +189,7 @@ class Generation:
             stop_token_ids=self.text.stop_token_ids,
             banned_token_ids=self.text.banned_token_ids,
             seed=self.config.seed * 1_000_003 + serial + 1,
+            finish_share=rollout.finish_share,
         )
 
     def validation(self) -> SamplingParams:
@@ -98,18 +202,24 @@ class Generation:
             top_p=validation.top_p,
             top_k=validation.top_k,
             seed=self.config.seed,
+            finish_share=1.0,
         )
 
-    def _generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """Redo a round on a restarted engine; the same seeds give the same responses."""
+    def _stream(self, asked: Sequence[OpenGroup], params: SamplingParams) -> Iterator[Finished]:
+        """What the engine writes; where it dies, a restarted one goes on with what is missing. The same seeds give the
+        same responses."""
         failure: EngineError | None = None
         for _ in range(self.config.rollout.restarts + 1):
             try:
                 if failure is not None:
                     self.engine.restart()
                     self._restarted(failure)
-                return self.engine.generate(prompts, params)
+                begun = [tuple(group.completions) for group in asked]
+                yield from self.engine.stream([group.prompt for group in asked], params, begun)
+                return
             except EngineError as error:
+                if not self.restarts_itself:
+                    raise
                 failure = error
         assert failure is not None
         raise failure

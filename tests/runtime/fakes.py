@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 
 from dapo.errors import EngineError
+from dapo.rollout.engine import collected, prompts_needed
 from dapo.runtime.generation import Text
 from dapo.train.policy import LogProbs, UpdateResult
-from dapo.types import Completion, FinishReason, Prompt, Scored, TimedOut
+from dapo.types import Completion, Finished, FinishReason, Prompt, Scored, TimedOut
 
 STOP, RIGHT, WRONG = 0, 1, 2
 
@@ -77,11 +78,30 @@ class ScriptedEngine:
         self.logprob = -1.5 if stale else -0.5
         """Of every token; other than the policy's where the engine computes with other weights."""
 
-    def generate(self, prompts, params):
+    def stream(self, prompts, params, begun=()):
         self.calls += 1
-        if self.calls in self.fail_at:
-            raise EngineError("the engine process died")
-        return [[self._answer(p, i, params) for i in range(params.n)] for p in prompts]
+        open_prompts = len(prompts)
+        for index, prompt in enumerate(prompts):
+            if self.calls in self.fail_at and 2 * index >= len(prompts):
+                raise EngineError("the engine process died")
+            ends = open_prompts > len(prompts) - prompts_needed(len(prompts), params)
+            open_prompts -= ends
+            for sample in range(params.n):
+                before = begun[index][sample] if begun else None
+                if before is None or not before.finished:
+                    yield Finished(index, sample, self._written(prompt, sample, params, before, ends))
+
+    def generate(self, prompts, params):
+        return collected(self.stream(prompts, params), len(prompts), params.n)
+
+    def _written(self, prompt, sample, params, before, ends):
+        whole = self._answer(prompt, sample, params)
+        if before is not None:
+            rest = Completion(whole.token_ids[1:], whole.logprobs[1:], FinishReason.STOP, self.version)
+            return before.continued(rest)
+        if ends:
+            return whole
+        return Completion(whole.token_ids[:1], whole.logprobs[:1], FinishReason.UNFINISHED, self.version)
 
     def _answer(self, prompt, sample, params):
         digest = hashlib.sha256(f"{params.seed}/{prompt.id}/{sample}".encode()).digest()

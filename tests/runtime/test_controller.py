@@ -3,6 +3,7 @@
 import pytest
 
 from dapo.config import io
+from dapo.data.loader import PromptLoader
 from dapo.errors import CheckpointError, EngineError, RewardError
 from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
@@ -61,8 +62,8 @@ def test_a_run_validates_trains_saves_and_ends_in_order(tmp_path):
 def test_only_groups_with_right_and_wrong_answers_are_trained_on(tmp_path):
     controller, _, _ = make(tmp_path, skill=0.8)
     seen = []
-    take = controller.buffer.take
-    controller.buffer.take = lambda: seen.extend(found := take()) or found
+    take = controller.sampling.buffer.take
+    controller.sampling.buffer.take = lambda: seen.extend(found := take()) or found
     controller.run()
     assert len(seen) == 16
     assert all(0 < group.num_correct < 4 for group in seen)
@@ -234,3 +235,102 @@ def test_kl_in_reward_lowers_rewards_before_the_advantage(tmp_path):
     first = [next(e for e in read(f.journal) if e.kind == "step").data["metrics"] for f in (folder, plain_folder)]
     # Two tokens per response, each 0.25 nats above the reference.
     assert first[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"] - 0.1 * 2 * 0.25)
+
+
+CORRECTED = {"correction": {"kind": "truncate"}}
+
+
+def test_what_an_engine_had_written_when_it_died_is_kept(tmp_path):
+    controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=(3,)))
+    begun = []
+    stream = controller.engine.stream
+    controller.engine.stream = lambda prompts, params, before=(): (
+        begun.append(before) or stream(prompts, params, before)
+    )
+    assert controller.run() == "finished"
+    after_the_death = next(before for before in begun[3:] if before)  # the probe of the new engine begins nothing
+    assert any(all(one is not None for one in group) for group in after_the_death)
+    assert any(all(one is None for one in group) for group in after_the_death)
+
+
+def test_partial_rollouts_lose_no_prompt_and_carry_a_version_per_segment(tmp_path):
+    controller, policy, folder = make(
+        tmp_path, rollout={"finish_share": 0.5}, algorithm=CORRECTED, train={"steps": 6, "epochs": 1}
+    )
+    seen = []
+    add = controller.sampling.buffer.add
+    controller.sampling.buffer.add = lambda groups: seen.extend(groups) or add(groups)
+    assert controller.run() == "finished"
+    ids = [group.prompt.id for group in seen]
+    assert len(ids) == len(set(ids))
+    left_open = {group.prompt.id for group in controller.generation.open}
+    asked = PromptLoader(40, controller.config.seed, 1).take(len(ids) + len(left_open))
+    assert set(ids) | left_open == {f"train/{i}" for i in asked}
+    continued = [r.completion for g in seen for r in g.rollouts if r.completion.versions]
+    assert continued
+    assert all(c.versions == ((v := c.policy_version, 1), (v + 1, 1)) for c in continued)
+
+
+def test_a_killed_run_continues_its_unfinished_responses(tmp_path):
+    tree = {"rollout": {"finish_share": 0.5}, "algorithm": CORRECTED}
+    straight, straight_policy, _ = make(tmp_path / "straight", **tree)
+    straight.run()
+    first, _, _ = make(tmp_path / "killed", **tree, train={"steps": 2})
+    first.run()
+    assert first.generation.open
+    again, policy, _ = make(tmp_path / "killed", **tree)
+    assert again.run() == "finished"
+    assert policy.trained == straight_policy.trained[4:]
+
+
+AHEAD = {"rollout": {"ahead": True, "devices": 1}}
+
+
+def test_generating_ahead_trains_every_step_on_groups_one_version_old(tmp_path):
+    controller, policy, folder = make(tmp_path, **AHEAD)
+    versions = []
+    take = controller.sampling.buffer.take
+
+    def taken():
+        groups = take()
+        versions.append({group.policy_version for group in groups})
+        return groups
+
+    controller.sampling.buffer.take = taken
+    assert controller.run() == "finished"
+    assert len(policy.trained) == 8
+    assert versions[0] == {0}
+    assert all(max(found) == step - 1 for step, found in enumerate(versions[1:], start=1))
+    assert kinds(folder)[-3:] == [("validation", 4), ("checkpoint", 4), ("ended", 4)]
+
+
+def test_a_killed_run_that_generates_ahead_trains_on_what_was_generated(tmp_path):
+    straight, straight_policy, _ = make(tmp_path / "straight", **AHEAD)
+    straight.run()
+    stopped, _, folder = make(tmp_path / "killed", **AHEAD)
+    step = stopped.step
+
+    def ask_after_two():
+        step()
+        if stopped.at.step == 2:
+            folder.stop_request.write_text("asked by a test")
+
+    stopped.step = ask_after_two
+    assert stopped.run() == "stopped"
+    folder.stop_request.unlink()
+    again, policy, _ = make(tmp_path / "killed", **AHEAD)
+    assert again.run() == "finished"
+    assert policy.trained == straight_policy.trained[4:]
+
+
+def test_an_engine_that_dies_ahead_of_its_step_is_restarted_when_the_trainer_has_its_weights(tmp_path):
+    healthy, healthy_policy, _ = make(tmp_path / "a", **AHEAD)
+    healthy.run()
+    # Calls: probe, validation, step 1, then step 2 ahead of its time.
+    controller, policy, folder = make(tmp_path / "b", engine=ScriptedEngine(fail_at=(4,)), **AHEAD)
+    assert controller.run() == "finished"
+    assert controller.engine.restarts == 1
+    alarms = [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"]
+    assert alarms == ["engine_restarted"]
+    assert sorted(policy.trained[0]) == sorted(healthy_policy.trained[0])
+    assert len(policy.trained) == 8

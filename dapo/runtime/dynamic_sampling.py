@@ -1,0 +1,126 @@
+"""Dynamic sampling (DAPO section 3.2) of one run: prompts in their order, rounds until a step is full, now or ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from dapo.algo.groups import GroupBuffer, SamplingReport
+from dapo.config.run import RunConfig
+from dapo.data.loader import PromptLoader
+from dapo.runtime.generation import Generation
+from dapo.types import Prompt, RolloutGroup
+
+
+class DynamicSampling:
+    """Fills steps with groups that carry signal.
+
+    Args:
+        between_rounds: called after each round; may raise `RunStopped`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Sequence[Prompt],
+        generation: Generation,
+        between_rounds: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.prompts, self.generation = prompts, generation
+        self.loader = PromptLoader(len(prompts), config.seed, config.train.epochs)
+        self.buffer = GroupBuffer(
+            config.algorithm.sampling, config.batch.prompts_per_step, config.batch.prompts_per_round
+        )
+        self.serial = 0
+        """Of the next group."""
+        self.responses = 0
+        """Responses generated for training so far, whether they were trained on or not."""
+        self._finish_share = config.rollout.finish_share
+        self._between_rounds = between_rounds
+        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._ahead: Future[None] | None = None
+        self._filled = False
+
+    @property
+    def exhausted(self) -> bool:
+        """All epochs are used up, and no step's groups wait."""
+        return self.loader.exhausted and not self._filled
+
+    def collect(self, version: int) -> tuple[list[RolloutGroup], SamplingReport]:
+        """One step's groups, and how they were found.
+
+        Args:
+            version: policy version that will be trained on them; it decides what is too old.
+
+        Raises:
+            StarvationError: see `GroupBuffer.take`.
+        """
+        if not self._filled:
+            self._fill(version, self._between_rounds)
+        self._filled = False
+        return self.buffer.take(), self.buffer.report()
+
+    def begin_next(self, version: int) -> None:
+        """One-step-off-policy (`rollout.ahead`): write the next step's groups while this step trains.
+
+        Args:
+            version: policy version that will be trained on them: one more than the engine's.
+        """
+        if self.loader.exhausted:
+            return
+        self.generation.restarts_itself = False
+        self._ahead = self._thread.submit(self._fill, version, lambda: None)
+
+    def settle(self) -> None:
+        """Wait for what is written ahead: nothing may write while the engine's weights change.
+
+        Raises:
+            EngineError: the engine died meanwhile. What it had written is kept, the rest is asked again by `collect`.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        try:
+            ahead.result()
+            self._filled = True
+        finally:
+            self.generation.restarts_itself = True
+
+    def _fill(self, version: int, between_rounds: Callable[[], None]) -> None:
+        self.buffer.begin_step(version)
+        while (size := self.buffer.next_round_size()) > 0:
+            # As many groups as are to end; those left unfinished are asked again first.
+            new = math.ceil(size / self._finish_share) - len(self.generation.open)
+            offered = self.loader.take(max(new, 0))
+            if not offered and not self.generation.open:
+                break
+            # At the turn of an epoch a prompt may come again while it is still being answered.
+            answering = {group.prompt.id for group in self.generation.open}
+            new_prompts = [p for i in offered if (p := self.prompts[i]).id not in answering]
+            asked = [p for p in new_prompts if self.buffer.asks(p.id)]
+            if offered and not asked:
+                continue
+            # Each round has a serial of its own, also one without new prompts: its random streams hang on it.
+            serial, self.serial = self.serial, self.serial + max(len(asked), 1)
+            groups = self.generation.training_groups(asked, version, serial, last=self.loader.exhausted)
+            self.responses += sum(len(g.rollouts) for g in groups)
+            self.buffer.add(groups)
+            between_rounds()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loader": self.loader.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "open": self.generation.state_dict(),
+            "serial": self.serial,
+            "responses": self.responses,
+            "filled": self._filled,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.generation.load_state_dict(state["open"])
+        self.serial, self.responses, self._filled = state["serial"], state["responses"], state["filled"]
