@@ -170,7 +170,8 @@ class Controller:
         metrics = step_metrics(groups, [u.metrics for u in updates], sampled, self.sampling.responses)
         seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
         speed = speed_metrics(groups, seconds, self.config.model.parallel.world_size)
-        self.finish_step(metrics | sync | speed | {"train/kl_coef": self.kl.coef}, seconds)
+        state = {"train/kl_coef": self.kl.coef, "groups/unfinished": len(self.generation.open)}
+        self.finish_step(metrics | sync | speed | state, seconds)
 
     def collect_groups(self) -> tuple[list[RolloutGroup], SamplingReport]:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""

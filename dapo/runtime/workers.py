@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -16,13 +17,15 @@ from dapo import torchvision_cpu
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError, EngineError, EnvironmentCheckError, TrainingError
 from dapo.plan import variables
+from dapo.rollout.engine import Begun, collected
 from dapo.train.policy import LogProbs, UpdateResult
-from dapo.types import Completion, PackPlan, Prompt, SamplingParams, TrainBatch
+from dapo.types import Completion, Finished, PackPlan, Prompt, SamplingParams, TrainBatch
 
 log = logging.getLogger(__name__)
 
 START_DEADLINE_S = 600.0
 WRITE_DEADLINE_S = 1800.0
+STREAM_EVERY_S = 0.2
 
 
 class Worker:
@@ -66,8 +69,16 @@ class Worker:
         self.weight_sync = WeightSync(self.policy)
         return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self.policy.device)}
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        return self.engine.generate(prompts, params)
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> Iterator[list[Finished]]:
+        """What the engine wrote since the last time it was looked, at most every `STREAM_EVERY_S` seconds."""
+        ended: list[Finished] = []
+        sent = time.monotonic()
+        for done in self.engine.stream(prompts, params, begun):
+            ended.append(done)
+            if time.monotonic() - sent > STREAM_EVERY_S:
+                yield ended
+                ended, sent = [], time.monotonic()
+        yield ended
 
     def restart_engine(self) -> None:
         self.weight_sync.forget()
@@ -183,15 +194,35 @@ class RayEngine:
         self.deadline_s = workers.config.rollout.deadline_s
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        return collected(self.stream(prompts, params), len(prompts), params.n)
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
+        """See `Engine.stream`: of all replicas, in the order in which they send."""
         tp = self.workers.config.rollout.tensor_parallel
         replicas = len(self.workers.actors) // tp
-        # Ranks of one tensor-parallel group must be given the same requests.
-        refs = [a.generate.remote(prompts[i // tp :: replicas], params) for i, a in enumerate(self.workers.actors)]
-        parts = self.workers.get(refs, self.deadline_s, "generation")[::tp]
-        out: list[list[Completion]] = [[] for _ in prompts]
-        for replica, part in enumerate(parts):
-            out[replica::replicas] = part
-        return out
+        ends_at = time.monotonic() + self.deadline_s
+        open_streams: dict[Any, int] = {}
+        followers = []
+        for i, actor in enumerate(self.workers.actors):
+            replica = i // tp
+            share = prompts[replica::replicas], params, begun[replica::replicas]
+            stream = actor.stream.options(num_returns="streaming").remote(*share)
+            if i % tp:
+                followers.append(stream)  # ranks of one tensor-parallel group write the same; the first one is heard
+            else:
+                open_streams[stream] = replica
+        while open_streams:
+            ready, _ = ray.wait(list(open_streams), timeout=max(0.0, ends_at - time.monotonic()))
+            if not ready:
+                raise EngineError(f"generation did not end within {self.deadline_s:.0f} s on every worker: it hangs")
+            replica = open_streams[ready[0]]
+            try:
+                part = next(cast(Iterator[Any], ready[0]))
+            except StopIteration:
+                del open_streams[ready[0]]
+                continue
+            for done in self.workers.get([part], self.deadline_s, "generation")[0]:
+                yield done._replace(prompt=replica + replicas * done.prompt)
 
     def restart(self) -> None:
         self.workers.call("restart_engine", deadline_s=START_DEADLINE_S)

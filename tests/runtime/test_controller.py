@@ -254,7 +254,7 @@ def test_what_an_engine_had_written_when_it_died_is_kept(tmp_path):
 
 
 def test_partial_rollouts_lose_no_prompt_and_carry_a_version_per_segment(tmp_path):
-    controller, policy, folder = make(
+    controller, _, _ = make(
         tmp_path, rollout={"finish_share": 0.5}, algorithm=CORRECTED, train={"steps": 6, "epochs": 1}
     )
     seen = []
