@@ -153,9 +153,8 @@ def main() -> None:
 
     for redrawn in (0.0, 0.2):
         reference = simulate_epochs(SamplingFilterConfig(compat="verl"), EPOCHS, redrawn)
-        print(
-            f"\n{PROMPTS} prompts, {EPOCHS} epochs; {redrawn:.0%} of pass rates drawn anew each epoch\n{'':>28} {HEADER}"
-        )
+        print(f"\n{PROMPTS} prompts, {EPOCHS} epochs; {redrawn:.0%} of pass rates drawn anew each epoch")
+        print(f"{'':>28} {HEADER}")
         for revisit in (1.0, 0.7, 0.5):
             ours = simulate_epochs(SamplingFilterConfig(revisit=revisit), EPOCHS, redrawn)
             print(f"{f'revisit {revisit}':>28} {_columns(ours, reference)}")
