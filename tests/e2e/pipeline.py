@@ -40,6 +40,7 @@ class Pipeline:
 
     home: Path
     overrides: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
     output: list[str] = field(default_factory=list)
 
@@ -66,7 +67,7 @@ class Pipeline:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dapo.cli", "run", "configs/geo3k_tiny.yaml", *self.arguments],
                 cwd=REPOSITORY,
-                env=env | {"HOME": str(self.home)},
+                env=env | {"HOME": str(self.home)} | self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,

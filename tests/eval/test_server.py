@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,11 @@ def test_runs_are_compared_through_the_server(server, tmp_path):
     course = {"steps": 2, "seconds": 1.0, "responses": 8, "mlflow": {"tracking_uri": server}}
     make_run(tmp_path, "plain", gain=0.01, right=50, **course)
     make_run(tmp_path, "better", gain=0.05, right=80, seed=1, **course)
-    found = compare(read_runs(connect(server), ["plain", "better"]))
+    runs = read_runs(connect(server), ["plain", "better"])
+    folders = [Path(connect(server).get_run(run.id).data.tags["dapo.run_folder"]) for run in runs]
+    assert not any(folder.exists() for folder in folders), "the machines that trained are gone"
+    found = compare(runs)
     assert found.pairs[0].difference.value == pytest.approx(0.3)
+    assert found.equal["step"]
+    assert found.slices
     assert json.dumps([d.key for d in found.differences]) == '["name", "seed"]'
