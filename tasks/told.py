@@ -7,6 +7,7 @@ flow runs that followed this run. What lies behind that place is looked for amon
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,9 +33,11 @@ from prefect.states import Completed
 from dapo.config.run import RunConfig
 from dapo.observe.journal import Event
 from dapo.observe.layout import RunFolder
-from tasks.outage import patiently
+from tasks.outage import OUTAGE_S, patiently
 from tasks.progress import ProgressBar
 from tasks.record import alarm_raised, log_checkpoint, record_validation
+
+log = logging.getLogger("dapo.tasks")
 
 _CONFIRM_EVERY_S = 3.0
 _LOST_S = 30.0
@@ -112,27 +115,40 @@ class Recorder:
                 get_run_logger().info("attempt %d starts at step %d", data["attempt"], step)
         self._remember()
 
-    def confirm(self) -> None:
-        """Ask the server now and then what it has written down; quick, and silent in an outage."""
+    def confirm(self) -> bool:
+        """Ask the server now and then what it has written down; quick. False in an outage."""
         done = [one for one in self._pending if one.done]
         if not done or time.monotonic() - self._looked_at < _CONFIRM_EVERY_S:
-            return
+            return True
         self._looked_at = time.monotonic()
         try:
             with get_client(sync_client=True) as client:
                 written = _by_id(client, [one.future.task_run_id for one in done])
                 for one in done:
                     self._settle(client, one, written.get(one.future.task_run_id))
-        except Exception:
-            return  # httpx' and Prefect's own errors: the server is away, and is asked again
+        except Exception as error:
+            # httpx' and Prefect's own errors: the server is away, and is asked again.
+            log.debug("Prefect was not asked what it has written down: %s", error)
+            return False
         self._remember()
+        return True
 
     def finish(self) -> None:
-        """Wait for the task runs and the server's word; without it the next flow run of this run looks again."""
-        end_at = time.monotonic() + _END_S
-        while self._pending and time.monotonic() < end_at:
+        """Wait for the task runs and the server's word, also through an outage.
+
+        Where neither comes the next flow run of this run looks again.
+        """
+        begun = answered_at = time.monotonic()
+        while self._pending and time.monotonic() - answered_at < OUTAGE_S:
             self._looked_at = min(self._looked_at, time.monotonic() - _CONFIRM_EVERY_S + 0.5)
-            self.confirm()
+            if self.confirm():
+                answered_at = time.monotonic()
+                if answered_at - begun > _END_S:
+                    break
+            else:
+                begun = time.monotonic()
+                log.warning("the Prefect server is away; %d task runs wait for its word", len(self._pending))
+                time.sleep(_CONFIRM_EVERY_S)
             time.sleep(0.2)
         if self._pending:
             words = "Prefect has not confirmed %d task runs; the next flow run of this run looks again"

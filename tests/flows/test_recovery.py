@@ -1,0 +1,183 @@
+"""Flow runs without a process, and task runs that the server lost, on a real Prefect server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelling, Pending, Running
+
+from dapo.config import io
+from dapo.observe.journal import follow
+from dapo.observe.layout import RunFolder
+from dapo.runtime import processes
+from flows import recovery
+from tests.flows.conftest import standin_tree
+from tests.flows.standin_job import Journal, save, validate
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+@flow(name="any")
+def any_flow() -> None:
+    """Stands for the flows that call `begin`."""
+
+
+def running(client, attempt=1, deployment=None, state=Running):
+    run = client.create_flow_run_from_deployment(deployment) if deployment else client.create_flow_run(any_flow)
+    for _ in range(attempt):
+        client.set_flow_run_state(run.id, Pending(), force=True)
+        client.set_flow_run_state(run.id, Running(), force=True)
+    if state is not Running:
+        client.set_flow_run_state(run.id, state(), force=True)
+    return run.id
+
+
+def place(process, attempt=1, host=None):
+    words = (host or socket.gethostname(), recovery._boot(), process.pid, process.born, attempt)
+    return {recovery.LABEL: ":".join(map(str, words))}
+
+
+@pytest.fixture
+def dead():
+    child = subprocess.Popen(["sleep", "60"])
+    seen = processes.look(child.pid)
+    child.kill()
+    child.wait()
+    return seen
+
+
+def test_flow_run_whose_process_is_gone_is_crashed_and_only_that(dead):
+    living = processes.look(os.getpid())
+    with get_client(sync_client=True) as client:
+        told = {
+            "gone": (running(client), place(dead)),
+            "lives": (running(client), place(living)),
+            "number used again": (running(client), place(processes.Process(living.pid, 0, 0, living.born - 1))),
+            "another machine's": (running(client), place(dead, host="elsewhere")),
+            "new attempt": (running(client, attempt=2), place(dead, attempt=1)),
+            "cancelled": (running(client, state=Cancelling), place(dead)),
+            "says nothing": (running(client), {}),
+        }
+        for one, labels in told.values():
+            client.update_flow_run_labels(one, labels)
+        assert len(recovery.sweep()) == 3
+        states = {name: client.read_flow_run(one).state.name for name, (one, _) in told.items()}
+    ended = {"gone": "Crashed", "number used again": "Crashed", "cancelled": "Cancelled"}
+    assert states == dict.fromkeys(told, "Running") | ended
+
+
+def test_flow_run_of_a_deployment_comes_back_so_many_times(dead):
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(any_flow), "any", entrypoint="any:any")
+        first, last = (running(client, attempt=n, deployment=deployment) for n in (1, recovery.COMEBACKS + 1))
+        client.update_flow_run_labels(first, place(dead))
+        client.update_flow_run_labels(last, place(dead, attempt=recovery.COMEBACKS + 1))
+        recovery.sweep()
+        assert client.read_flow_run(first).state.name == "AwaitingRetry"
+        assert client.read_flow_run(last).state.name == "Crashed"
+
+
+@pytest.fixture
+def told_run(tmp_path):
+    """A run's folder with validations at 0, 2, 4 and checkpoints at 2, 4, all in MLflow."""
+    config = io.validate(standin_tree(tmp_path, "told"))
+    folder = RunFolder.of(config)
+    folder.root.mkdir(parents=True)
+    folder.manifest.write_text("{}")
+    journal = Journal(folder.journal)
+    for step in (0, 2, 4):
+        validate(journal, folder, step)
+        if step:
+            save(journal, folder, step)
+    folder.mlflow.write_text(json.dumps({"offset": folder.journal.stat().st_size, "tracking_uri": "x", "run_id": "y"}))
+    return folder, config
+
+
+def follower(folder, config, lose=()):
+    """A flow that tells Prefect everything; task runs named in `lose` vanish from the server before it asks."""
+    from tasks.told import Recorder
+
+    @flow(name="follower")
+    def follow_it():
+        records = Recorder(folder, config)
+        for event, offset in follow(folder.journal, records.offset):
+            records.take(event, offset)
+        with get_client(sync_client=True) as client:
+            for name in lose:
+                _remove(client, this_run.id, name)
+        records.finish()
+        return this_run.id
+
+    return follow_it()
+
+
+def _remove(client, flow_run_id, name):
+    end_at = time.monotonic() + 60
+    while time.monotonic() < end_at:
+        for run in task_runs(client, flow_run_id):
+            if run.name == name and run.state.is_final():
+                client._client.delete(f"/task_runs/{run.id}").raise_for_status()
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{name} was never recorded")
+
+
+def task_runs(client, flow_run_id):
+    return client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
+
+
+def completed(flow_run_id):
+    with get_client(sync_client=True) as client:
+        return sorted(run.name for run in task_runs(client, flow_run_id) if run.state.is_completed())
+
+
+EVERYTHING = [*(f"log_checkpoint-step-{s}" for s in (2, 4)), *(f"record_validation-step-{s}" for s in (0, 2, 4))]
+
+
+def test_what_the_server_lost_is_told_again_and_what_it_has_is_not(told_run, monkeypatch):
+    monkeypatch.setattr("tasks.told._LOST_S", 1.0)
+    folder, config = told_run
+    first = follower(folder, config, lose=["record_validation-step-2"])
+    assert completed(first) == EVERYTHING
+    remembered = json.loads((folder.root / "prefect.json").read_text())
+    assert remembered["offset"] == folder.journal.stat().st_size
+    # Killed before the server's word was written down, the next flow run looks for itself.
+    (folder.root / "prefect.json").write_text(json.dumps(remembered | {"offset": 0}))
+    assert completed(follower(folder, config)) == []
+
+
+def test_cancellation_that_no_worker_passes_on_interrupts_the_flow(monkeypatch):
+    """Prefect's worker passes on only the first cancellation of a flow run, not the one after a retry."""
+    from tasks import watch
+
+    interrupted = []
+
+    @flow(name="waits")
+    def waits():
+        def cancel(flow_run_id):
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(flow_run_id, Cancelling(), force=True)
+
+        import contextvars
+
+        later = threading.Thread(target=contextvars.copy_context().run, args=(cancel, this_run.id))
+        try:
+            with watch.interrupted_when_cancelled():
+                later.start()
+                time.sleep(120)
+        except TerminationSignal:
+            interrupted.append(watch.cancelled())
+
+    waits(return_state=True)
+    assert interrupted == [True]
