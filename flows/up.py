@@ -114,15 +114,18 @@ class Stack:
                 self._start_worker(pool)
 
     def _api(self) -> str:
-        """Of the server that `prefect` commands use in the project's folder; else of one we started; else Prefect's."""
+        """What the shell says; else what was started here; else what `prefect` commands in the folder use."""
+        if url := os.environ.get("PREFECT_API_URL"):
+            return url.rstrip("/")
+        for service in (self.server, *map(self.worker, self.pools)):
+            if record := service.running():
+                return record.address
         before = Path.cwd()
         os.chdir(self.project)  # prefect.toml is looked for in the working directory
         try:
-            found = configured_api()
+            return (configured_api() or DEFAULT_API).rstrip("/")
         finally:
             os.chdir(before)
-        record = self.server.running()
-        return (found or (record.address if record else DEFAULT_API)).rstrip("/")
 
     # ---- Prefect ----------------------------------------------------------------------------------------------------
 

@@ -117,7 +117,6 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
     refused = machine.deployment_run("dapo/geo3k", "--watch", code=1)
     assert machine.state(refused)["type"] == "FAILED"
     assert "this machine has: CPU" in machine.state(refused)["message"]
-    assert machine.ask(f"/flow_runs/{refused}")["total_run_time"] < 20
     assert [t["name"] for t in tasks(machine, refused)] == ["validate_environment-machine"]
 
     small = dotted(*SMALL, "model.parallel.world_size=1")
