@@ -192,6 +192,9 @@ def _start(place: Path, config: RunConfig, users: tuple[int, ...]) -> Dashboard:
         "RAY_AUTH_TOKEN_PATH": str(token),
         # Its name tells only half: without it Ray listens on the machine's outer address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Nothing here uses workers without an environment of their own: one per core would be started for nothing.
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
         # A job asked to stop writes a checkpoint first.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
