@@ -40,10 +40,10 @@ def down(stack: Stack, *, stop_runs: bool, wait_s: float) -> None:
             ended = worker.stop(_WORKER_GRACE_S)
             stack.say(f"{worker.title}: {'ended' if ended else 'not started here'}")
         if reachable:
-            from flows.pool import close_dead
+            from flows.recovery import sweep
 
-            for name in close_dead(stack.pools, stack.worker_name):
-                stack.say(f"  flow run {name}: Crashed, no longer Running; the same run again goes on")
+            for name in sweep():
+                stack.say(f"  flow run {name}: its process ended with the worker; it comes back with the next one")
         for service in (stack.mlflow, stack.server):
             stack.say(f"{service.title}: {'ended' if service.stop() else 'not started here'}")
         _end_ray(stack)
@@ -91,8 +91,10 @@ def _end_ray(stack: Stack) -> None:
         return
     trainings = _trainings(stack)
     if trainings:
-        stack.say(f"training {', '.join(f.id for f in trainings)} goes on: `dapo status` shows it, the same run again")
-        stack.say("  follows it, `dapo down --stop-runs` stops it with a checkpoint")
+        stack.say(
+            f"training {', '.join(f.id for f in trainings)} goes on: `dapo status` shows it, `dapo up` follows it"
+        )
+        stack.say("  again, `dapo down --stop-runs` stops it with a checkpoint")
         return
     users = cluster.end_unused(config)
     stack.say(f"Ray: {'ended' if not users else f'process {users[0]} uses it, it stays'}")

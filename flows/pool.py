@@ -5,7 +5,6 @@ Prefect reads its settings when it is imported: import this module when PREFECT_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -19,10 +18,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
 
 from dapo.errors import EnvironmentCheckError
-from dapo.runtime import processes
 from tasks.turn import WAITING
 
 _ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -72,28 +69,6 @@ def cancel_waiting(pool: str) -> list[str]:
         for run in waiting:
             client.set_flow_run_state(run.id, State(type=StateType.CANCELLING, name="Cancelling"))
     return [run.name for run in waiting]
-
-
-def close_dead(pools: Sequence[str], worker: str) -> list[str]:
-    """Runs of a worker of this machine whose process is gone: Prefect would call them Running for ever.
-
-    Returns:
-        Their names.
-    """
-    closed = []
-    with get_client(sync_client=True) as client:
-        for run in [run for pool in pools for run in _active(client, pool)]:
-            pid = run.infrastructure_pid or ""
-            theirs = run.labels.get("prefect.worker.name") != worker
-            if theirs or not pid.isdigit() or processes.carries(int(pid), str(run.id)):
-                continue
-            message = (
-                "the flow's process is gone; a training it had begun goes on. The same run again follows it: "
-                f"prefect flow-run retry {run.id}"
-            )
-            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-            closed.append(run.name)
-    return closed
 
 
 def _active(client: SyncPrefectClient, pool: str) -> list[FlowRun]:

@@ -166,15 +166,13 @@ class Stack:
         os.environ["PREFECT_API_URL"] = self.api
 
     def _make_pools(self) -> None:
-        from flows.pool import close_dead, make_pool
+        from flows.pool import make_pool
         from flows.recovery import sweep
 
         for pool in self.pools:
             self.say(f"work pool  {pool}  {'created' if make_pool(pool) else 'found'}")
         for name in sweep():
             self.say(f"           flow run {name} had lost its process; it is scheduled again and follows its training")
-        for name in close_dead(self.pools, self.worker_name):
-            self.say(f"           flow run {name} had lost its process; it is Crashed now, no longer Running")
 
     def _deploy(self) -> None:
         done = subprocess.run(
