@@ -83,7 +83,9 @@ class Service:
                 )
         finally:
             signal.signal(signal.SIGINT, before)
-        process = processes.look(child.pid)
+        # The environment of a program that is just being loaded cannot be read for a moment.
+        while (process := processes.look(child.pid)) and not processes.carries(child.pid, mark):
+            time.sleep(0.01)
         if process is None:
             raise self._failed(f"ended at once with code {child.wait()}")
         record = Record(child.pid, process.born, mark, address, tuple(command))
