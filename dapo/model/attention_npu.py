@@ -51,7 +51,13 @@ class NpuKernel:
 def _lengths_and_mask(problem: Ragged, device: torch.device) -> dict[str, Any]:
     # Mode 3 is causal aligned to the lower right; for problems of equal lengths the same as to the upper left.
     causal = {"sparse_mode": 3, "atten_mask": _compressed_mask(device)} if problem.causal else {"sparse_mode": 0}
-    return {"actual_seq_qlen": problem.query_ends, "actual_seq_kvlen": problem.key_ends, **causal}
+    # Without `softmax_layout` the statistics lie heads first in memory whatever their shape says.
+    return {
+        "actual_seq_qlen": problem.query_ends,
+        "actual_seq_kvlen": problem.key_ends,
+        "softmax_layout": "TND",
+        **causal,
+    }
 
 
 @cache

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from dapo.model import attention_short, attention_split
+from dapo.device import torch_device
+from dapo.model import attention_npu, attention_short, attention_split
 from dapo.model.attention import packed_attention
 from dapo.model.layout import PackLayout
 
@@ -74,6 +75,49 @@ def test_packed_attention_equals_a_dense_mask(attend, name):
         results.append((out, q.grad, k.grad, v.grad))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def on_device(name, kernel, device):
+    """A device's kernel in bfloat16 against a dense mask in float32: values and gradients."""
+    layout, width = LAYOUTS[name], 64
+    torch.manual_seed(0)
+    tensors = [torch.randn(layout.tokens, h, width).bfloat16() for h in (HEADS, KV_HEADS, KV_HEADS)]
+    grad = torch.randn(layout.tokens, HEADS, width).bfloat16()
+    results = []
+    for function, place, dtype in (
+        (lambda *args: attention_split.attend(*args, kernel), device, torch.bfloat16),
+        (by_dense_mask, torch.device("cpu"), torch.float32),
+    ):
+        q, k, v = (t.to(place, dtype).requires_grad_() for t in tensors)
+        out = function(q, k, v, layout, 0.3)
+        out.backward(grad.to(place, dtype))
+        results.append([x.float().cpu() for x in (out, q.grad, k.grad, v.grad)])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ragged_flash_on_a_gpu_equals_a_dense_mask(name):
+    on_device(name, attention_split.CudaKernel(), torch_device("cuda"))
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ragged_fusion_attention_on_an_npu_equals_a_dense_mask(name):
+    on_device(name, attention_npu.NpuKernel(), torch_device("npu"))
+
+
+def test_npu_attention_is_given_lengths_mask_and_the_layout_of_its_statistics():
+    """Its arguments, since no such device has run it: two sources agree on each of them."""
+    arguments = attention_npu._lengths_and_mask(LAYOUTS["shared prefix, ragged"].within_responses, torch.device("cpu"))
+    assert arguments["actual_seq_qlen"] == arguments["actual_seq_kvlen"] == [3, 10, 11, 12, 32, 38]
+    assert (arguments["sparse_mode"], arguments["softmax_layout"]) == (3, "TND")
+    assert arguments["atten_mask"].shape == (2048, 2048)
+    assert not arguments["atten_mask"][5, :6].any()
+    assert arguments["atten_mask"][5, 6:].all()
+    whole = attention_npu._lengths_and_mask(LAYOUTS["images"].within_prompts, torch.device("cpu"))
+    assert (whole["sparse_mode"], "atten_mask" in whole) == (0, False)
 
 
 def test_long_contexts_leave_the_short_kernel():
