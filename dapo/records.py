@@ -71,6 +71,7 @@ def completion_to_plain(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason.value,
         "policy_version": completion.policy_version,
         "versions": [list(segment) for segment in completion.versions],
+        "experts": base64.b64encode(completion.experts).decode(),
     }
 
 
@@ -81,6 +82,7 @@ def completion_from_plain(plain: Mapping[str, Any]) -> Completion:
         finish_reason=FinishReason(plain["finish_reason"]),
         policy_version=plain["policy_version"],
         versions=tuple((version, count) for version, count in plain["versions"]),
+        experts=base64.b64decode(plain["experts"]),
     )
 
 

@@ -59,6 +59,10 @@ class Completion:
     """That wrote it; of several, the oldest."""
     versions: tuple[tuple[int, int], ...] = ()
     """Of a response that was continued: (policy version, tokens it wrote), in order. Empty: one version wrote all."""
+    experts: bytes = b""
+    """Which experts the engine's routers chose for the last input tokens of this response (its own without the last
+    one; in sample 0 those of the prompt before them, as many as the engine tells). Per token, layer with experts and
+    choice one integer: 1 byte up to 256 experts, else 2, little-endian. Empty: `rollout.router_replay` is off."""
 
     @property
     def finished(self) -> bool:
@@ -223,6 +227,8 @@ class TrainSequence:
     """Group-relative, float64."""
     rollout_logprobs: tuple[float, ...]
     """By the engine while sampling."""
+    experts: bytes = b""
+    """See `Completion.experts`."""
     trained: bool = True
     """False: masked out of the loss and of its denominator (overlong filtering, failed check)."""
 

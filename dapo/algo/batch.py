@@ -67,6 +67,7 @@ def _train_group(group: RolloutGroup, config: AlgorithmConfig) -> TrainGroup:
                 response_ids=rollout.completion.token_ids,
                 advantage=0.0 if reward is None else next(advantages),
                 rollout_logprobs=rollout.completion.logprobs,
+                experts=rollout.completion.experts,
                 trained=reward is not None and not filtered,
             )
         )

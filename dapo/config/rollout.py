@@ -43,6 +43,9 @@ class RolloutConfig(Frozen):
     """A generation round that takes longer means a hung engine: it is restarted."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Engine restarts a step may use before the run fails."""
+    router_replay: bool = False
+    """Mixture of experts: train with the experts that the engine chose, so that both compute the same function where
+    their routers would differ (arXiv 2510.11370). Not with vLLM on CPU, which does not tell."""
     probe_every: Annotated[int, Field(ge=0)] = 10
     """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None

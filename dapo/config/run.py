@@ -168,6 +168,11 @@ class RunConfig(Frozen):
                 f"rollout.finish_share={r.finish_share} mixes policy versions within a response: switch the correction "
                 "on (algorithm.correction.kind=truncate)"
             )
+        if r.finish_share < 1 and r.router_replay:
+            raise ValueError(
+                f"rollout.router_replay=true needs responses that one engine pass wrote: rollout.finish_share="
+                f"{r.finish_share} must be 1"
+            )
         over = self.algorithm.overlong
         if over.soft_punishment and over.buffer_tokens >= b.max_response_tokens:
             raise ValueError(

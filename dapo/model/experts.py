@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from dapo.errors import EngineError
 from dapo.model.linear import _Linear, rounded_rows, uses_onednn
 
 EXPERTS = {"cpu": "dapo_loop", "cuda": "grouped_mm", "npu": "dapo_npu"}
@@ -54,15 +55,70 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a model, by name, in the order of its layers; none of a dense model."""
+    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")}
+
+
+class RouterReplay:
+    """Lets the routers of a model take the experts that they are told, with the weights they give them themselves.
+
+    Args:
+        model: with routers as transformers has them: (logits [N, E], weights [N, k], experts [N, k]) of hidden states.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.chosen: Tensor | None = None
+        """[N, layers, k] for the tokens of the next pass and its recomputation; -1 and None: as the router likes."""
+        found = list(routers(model).values())
+        self.layers = len(found)
+        for layer, module in enumerate(found):
+            router: Any = module
+            self.choices, self.experts = int(router.top_k), int(router.num_experts)
+            router.register_forward_hook(partial(self._replace, layer))
+
+    def _replace(
+        self, layer: int, router: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.chosen is None:
+            return None
+        logits, _, own = output
+        told = self.chosen[:, layer]
+        chosen = torch.where(told < 0, own, told)
+        picked = nn.functional.softmax(logits, dtype=torch.float32, dim=-1).gather(1, chosen)
+        if getattr(router, "norm_topk_prob", True):  # Qwen3-VL-MoE always does
+            picked = picked / picked.sum(-1, keepdim=True)
+        return logits, picked.to(logits.dtype), chosen
+
+    def read(self, record: bytes, tokens: int) -> Tensor:
+        """A record of `Completion.experts` as [rows, layers, k] int64, rows >= tokens; without one, -1 for `tokens`.
+
+        Raises:
+            EngineError: it is not a whole number of tokens, too short, or names experts that there are not.
+        """
+        if not record:
+            return torch.full((tokens, self.layers, self.choices), -1)
+        kind = torch.uint8 if self.experts <= 256 else torch.int16
+        row = self.layers * self.choices * kind.itemsize
+        if len(record) % row or len(record) < tokens * row:
+            raise EngineError(
+                f"router replay: the engine told experts in {len(record)} bytes for {tokens} input tokens or more; "
+                f"{self.layers} layers of {self.choices} of {self.experts} experts take {row} bytes per token"
+            )
+        told = torch.frombuffer(bytearray(record), dtype=kind).to(torch.long)
+        if int(told.max()) >= self.experts:
+            raise EngineError(f"router replay: the engine told expert {int(told.max())} of {self.experts}")
+        return told.view(-1, self.layers, self.choices)
+
+
 class RouterLoad:
     """Counts which experts the routers choose while gradients are on; adds no synchronisation and no loss."""
 
     def __init__(self, model: nn.Module) -> None:
         self.counts: dict[str, Tensor] = {}
         """Per router [E]; recomputation counts twice, which changes no share."""
-        for name, module in model.named_modules():
-            if type(module).__name__.endswith("TopKRouter"):
-                module.register_forward_hook(partial(self._count, name))
+        for name, router in routers(model).items():
+            router.register_forward_hook(partial(self._count, name))
 
     def _count(self, name: str, router: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if torch.is_grad_enabled():

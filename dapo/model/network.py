@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from dapo.model.experts import RouterReplay
 from dapo.model.layout import PackLayout
 from dapo.model.logprobs import token_logprobs
 from dapo.model.ulysses import SequenceGroup, SequenceSlice, join_values
@@ -33,6 +34,8 @@ class PackInputs:
     """The prompts' images, each once. A pack without any may carry a blank one, see `image_index`."""
     image_index: Tensor
     """[F] where image features go; empty with `vision` set: the tower runs (sharded ranks must) and counts zero."""
+    experts: Tensor | None = None
+    """[N, layers, k] experts that the routers must choose, -1 where they may choose; None: they always may."""
     part: SequenceSlice | None = None
     """Sequence parallelism: the tensors above are this rank's share of a pack (the layout is of the whole)."""
 
@@ -51,6 +54,9 @@ class PackInputs:
             sources=self.sources[targets] - low,
             targets=self.targets[targets],
             image_index=self.image_index[features] - low,
+            experts=None
+            if self.experts is None
+            else functional.pad(self.experts, (0, 0, 0, 0, 0, missing), value=-1)[low:high],
             part=SequenceSlice(group, features, targets, len(self.targets)),
         )
 
@@ -66,6 +72,7 @@ class PackInputs:
             sources=self.sources.to(device),
             targets=self.targets.to(device),
             image_index=self.image_index.to(device),
+            experts=None if self.experts is None else self.experts.to(device),
             part=part,
         )
 
@@ -73,8 +80,11 @@ class PackInputs:
 class Network(nn.Module):
     """Text and vision model with the fused output head. FSDP gathers the head's weights for this module's forward."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float, banned: Tensor | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, temperature: float, banned: Tensor | None, *, router_replay: bool = False
+    ) -> None:
         super().__init__()
+        self.replay = RouterReplay(model) if router_replay else None
         self.model = model
         self.temperature = temperature
         self.banned = banned
@@ -93,6 +103,8 @@ class Network(nn.Module):
 
         Image features are placed by position, never by token id: a response may contain a placeholder's id.
         """
+        if self.replay is not None:
+            self.replay.chosen = pack.experts
         text: Any = self.text
         embeddings = text.embed_tokens(pack.token_ids[None])
         extra: dict[str, Any] = {}

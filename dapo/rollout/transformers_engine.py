@@ -21,6 +21,7 @@ from dapo.rollout.checks import check_completion
 from dapo.rollout.decoder import Cache, Decoder
 from dapo.rollout.engine import Begun, collected, prompts_needed
 from dapo.rollout.sampling import Sampler, request_seed, uniforms
+from dapo.rollout.told_experts import ToldExperts
 from dapo.rollout.wave import Job, Response, WaveLog, make_jobs
 from dapo.types import Completion, Finished, Prompt, SamplingParams
 
@@ -39,9 +40,11 @@ class TransformersEngine:
         dtype: of weights and cache.
         max_num_seqs: sequences decoded together.
         kv_cache_mib: upper bound of the key-value cache; fewer sequences are decoded together where it would not fit.
+        tell_experts: completions say which experts were chosen (`Completion.experts`).
 
     Raises:
         WeightsError: the folder holds no such model.
+        ConfigError: experts are asked for and there are none.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         max_num_seqs: int = 256,
         kv_cache_mib: int = 256,
+        tell_experts: bool = False,
     ) -> None:
         self.processor = processor
         self.device = torch.device(device)
@@ -62,6 +66,7 @@ class TransformersEngine:
         text = getattr(body, "language_model", body)
         self._visual = getattr(body, "visual", None)
         self._decoder = Decoder(text, self.model.lm_head, multimodal=self._visual is not None)
+        self._experts = ToldExperts(self.model) if tell_experts else None
         self._weights = dict(self.model.state_dict())
         self.vocab_size = int(self.model.lm_head.weight.shape[0])
         self.version = 0
@@ -145,6 +150,11 @@ class TransformersEngine:
     def _wave(self, wave: list[Job], params: SamplingParams, enough: Callable[[], bool]) -> Iterator[Finished]:
         samples, longest = len(wave[0].samples), max(job.limit for job in wave)
         logits, cache = self._prefill([job.prompt for job in wave], samples)
+        if self._experts is not None:
+            lengths = torch.tensor([len(job.prompt.token_ids) for job in wave], device=self.device)
+            width = cache.prompt[0][0].shape[2]
+            last = torch.arange(len(wave), device=self.device) * width + lengths - 1
+            self._experts.begin(last, samples, longest)
         logits = logits.repeat_interleave(samples, dim=0)
         # Named after the prompt alone: a continued response has another seed (the round's), hence other numbers.
         seeds = [request_seed(params.seed, job.prompt.id) + s for job in wave for s in job.samples]
@@ -173,6 +183,8 @@ class TransformersEngine:
                 cache.keep(keep, index)
                 ids = ids[keep]
             logits = self._decoder.step(ids, cache, index, longest, table)
+            if self._experts is not None:
+                self._experts.add(index, log.rows)
         yield from self._finished(log.take_all(), wave, params)
 
     def _prefill(self, prompts: list[Prompt], samples: int) -> tuple[Tensor, Cache]:
@@ -221,11 +233,14 @@ class TransformersEngine:
         samples = len(wave[0].samples)
         for row, ids, logprobs, reason in ended:
             job = wave[row // samples]
-            completion = Completion(tuple(ids), tuple(logprobs), reason, self.version)
+            sample, told = job.samples[row % samples], b""
+            if self._experts is not None:
+                told = self._experts.of(row, len(ids), first=sample == 0)
+            completion = Completion(tuple(ids), tuple(logprobs), reason, self.version, experts=told)
             check_completion(completion, self.vocab_size, params.banned_token_ids)
             if job.begun is not None:
                 completion = job.begun.continued(completion)
-            yield Finished(job.index, job.samples[row % samples], completion)
+            yield Finished(job.index, sample, completion)
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout import ascend
 from dapo.rollout.engine import Begun, collected
+from dapo.rollout.told_experts import expert_layers
 from dapo.rollout.vllm_process import start_vllm, stop_vllm, weight_files
 from dapo.rollout.vllm_requests import Requests
 from dapo.rollout.vllm_worker import to_checkpoint_names
@@ -43,6 +44,7 @@ class VllmEngine:
         separate_process: run the engine core in its own process; weights then go through shared memory.
         chunked_prefill: on accelerators; vLLM on CPU cannot, with a seed per request.
         max_images: per prompt.
+        tell_experts: completions say which experts were chosen (`Completion.experts`); not on CPU.
 
     Raises:
         ConfigError: vLLM is not installed, or refuses these arguments, or they are known to crash it.
@@ -65,12 +67,18 @@ class VllmEngine:
         eager: bool = True,
         separate_process: bool = False,
         max_images: int = 4,
+        tell_experts: bool = False,
     ) -> None:
         self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
         if expert_parallel and tensor_parallel > 1 and self.platform == "cpu":
             raise ConfigError(
                 f"rollout.expert_parallel=true with rollout.tensor_parallel={tensor_parallel}: vLLM's kernel for CPU "
                 "ignores which experts a rank holds and crashes; use rollout.expert_parallel=false there"
+            )
+        if tell_experts and self.platform == "cpu":
+            raise ConfigError(
+                "rollout.router_replay=true: vLLM on CPU does not tell which experts it chose (its model runner there "
+                "has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
             )
         self.version, self._asleep = 0, frozenset[str]()
         self._separate = separate_process
@@ -93,6 +101,10 @@ class VllmEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        self._expert_layers: Sequence[int] = ()
+        if tell_experts:
+            self._expert_layers = expert_layers(Path(weights))
+            arguments["enable_return_routed_experts"] = True
         if processor.has_images:
             arguments["limit_mm_per_prompt"] = {"image": max_images, "video": 0}
             arguments["mm_processor_cache_gb"] = 0
@@ -135,6 +147,7 @@ class VllmEngine:
             expert_parallel=rollout.expert_parallel,
             chunked_prefill=rollout.chunked_prefill,
             eager=rollout.eager,
+            tell_experts=rollout.router_replay,
         )
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
@@ -145,7 +158,9 @@ class VllmEngine:
         only where the round may end early."""
         if self._asleep:
             raise EngineError(f"generate was called while the engine sleeps ({', '.join(sorted(self._asleep))})")
-        requests = Requests(self.llm.llm_engine, self.processor, self.vocab_size, self.version)
+        requests = Requests(
+            self.llm.llm_engine, self.processor, self.vocab_size, self.version, expert_layers=self._expert_layers
+        )
         yield from requests.stream(prompts, params, begun)
 
     def update_weights(

@@ -11,6 +11,7 @@ from dapo.errors import EngineError
 from dapo.rollout.checks import check_completion
 from dapo.rollout.engine import Begun, prompts_needed
 from dapo.rollout.sampling import request_seed
+from dapo.rollout.told_experts import experts_of
 from dapo.types import Completion, Finished, FinishReason, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -44,10 +45,19 @@ class Requests:
     Args:
         engine: vLLM's `LLMEngine`.
         version: policy version that the engine holds.
+        expert_layers: layers whose chosen experts the engine tells; completions pass them on.
     """
 
-    def __init__(self, engine: Any, processor: PromptProcessor, vocab_size: int, version: int) -> None:
-        self.engine, self.processor = engine, processor
+    def __init__(
+        self,
+        engine: Any,
+        processor: PromptProcessor,
+        vocab_size: int,
+        version: int,
+        *,
+        expert_layers: Sequence[int] = (),
+    ) -> None:
+        self.engine, self.processor, self.expert_layers = engine, processor, expert_layers
         self.vocab_size, self.version = vocab_size, version
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> Iterator[Finished]:
@@ -98,7 +108,12 @@ class Requests:
             reason = FinishReason.STOP
         else:
             reason = FinishReason.UNFINISHED if sample.finish_reason is None else FinishReason.LENGTH
-        completion = Completion(ids, tuple(flat.logprobs[i] for i in flat.start_indices), reason, self.version)
+        told = b""
+        if self.expert_layers:
+            first = request.first + sample.index == 0
+            told = experts_of(sample, request.prompt, self.expert_layers, first=first)
+        logprobs = tuple(flat.logprobs[i] for i in flat.start_indices)
+        completion = Completion(ids, logprobs, reason, self.version, experts=told)
         check_completion(completion, self.vocab_size, params.banned_token_ids)
         if request.begun is not None:
             completion = request.begun.continued(completion)

@@ -35,7 +35,7 @@ def probe(
         params: the training's own, so that temperature and banned ids are compared too.
     """
     groups = tuple(
-        TrainGroup(prompt, tuple(TrainSequence(c.token_ids, 0.0, c.logprobs) for c in completions))
+        TrainGroup(prompt, tuple(TrainSequence(c.token_ids, 0.0, c.logprobs, c.experts) for c in completions))
         for prompt, completions in zip(prompts, engine.generate(prompts, params), strict=True)
     )
     batch = TrainBatch(groups, (tuple(range(len(groups))),), policy_version=0)

@@ -132,6 +132,7 @@ class Collator:
             torch.tensor(targets),
             vision,
             image_index,
+            self._experts(batch, pack, prompts, padding),
         )
         return (
             whole.share(self.sequence_group).to(here),
@@ -176,6 +177,25 @@ class Collator:
             start += len(prompt.token_ids)
         grids = tuple(grid for p in seen for grid in p.image_grids)
         return vision_inputs(pixels, grids, self.network.visual, self.device), torch.cat(places)
+
+    def _experts(self, batch: TrainBatch, pack: Pack, prompts: Sequence[Prompt], padding: int) -> Tensor | None:
+        """[N, layers, k] as the engine chose, in the order of the pack; of a prompt, what its first response tells."""
+        replay = self.network.replay
+        if replay is None:
+            return None
+        shared: list[Tensor] = []
+        own: list[Tensor] = []
+        for segment, prompt in zip(pack.segments, prompts, strict=True):
+            sequences = batch.groups[segment.group].sequences
+            inputs = len(sequences[0].response_ids) - 1
+            told = replay.read(sequences[0].experts, inputs)
+            told = told[max(0, len(told) - inputs - len(prompt.token_ids)) : len(told) - inputs]
+            shared += [replay.read(b"", len(prompt.token_ids) - len(told)), told]
+            for index in segment.sequences:
+                inputs = len(sequences[index].response_ids) - 1
+                rows = replay.read(sequences[index].experts, inputs)
+                own.append(rows[len(rows) - inputs :])
+        return torch.cat([*shared, replay.read(b"", padding), *own])
 
     def _blank(self) -> Any:
         needed = self.always_see and self.network.visual is not None

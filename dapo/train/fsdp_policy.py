@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dapo import device as devices
 from dapo.algo.objective import ObjectiveResult, TokenBatch, Totals, merge_sums, policy_objective, reduce_metrics
 from dapo.config.run import RunConfig
+from dapo.errors import ConfigError
 from dapo.model.experts import RouterLoad, router_metrics
 from dapo.model.load import load_model
 from dapo.model.network import Network
@@ -87,7 +88,13 @@ class FsdpPolicy:
 
         def shard(model: PreTrainedModel) -> None:
             check_heads(model.config.get_text_config().num_attention_heads, self.layout.sequence_parallel)
-            network = Network(model, self.config.rollout.temperature, banned)
+            replay = trained and self.config.rollout.router_replay
+            network = Network(model, self.config.rollout.temperature, banned, router_replay=replay)
+            if network.replay is not None and not network.replay.layers:
+                raise ConfigError(
+                    f"rollout.router_replay=true, but the {model.config.model_type} in {folder} has no experts; set it "
+                    "to false"
+                )
             model.requires_grad_(trained)
             if self.config.model.freeze_vision and network.visual is not None:
                 network.visual.requires_grad_(False)

@@ -140,6 +140,7 @@ completions = st.builds(
     logprobs=st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
     finish_reason=st.sampled_from(FinishReason),
     policy_version=st.integers(0, 9),
+    experts=st.binary(max_size=6),
 )
 rollouts = st.builds(
     Rollout, prompt_id=texts, sample=st.integers(0, 9), completion=completions, outcome=outcomes, text=texts

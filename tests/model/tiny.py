@@ -18,6 +18,7 @@ from dapo.types import Prompt, TrainBatch, TrainGroup, TrainSequence
 
 VOCABULARY, IMAGE, START, END = 64, 60, 61, 62
 PATCH = 4
+LAYERS, EXPERTS, CHOICES = 2, 6, 2
 BANNED = (59, IMAGE, START, END, 63)
 
 
@@ -27,7 +28,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -35,7 +36,12 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "tie_word_embeddings": tied,
         "pad_token_id": None,
     }
-    experts = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": []}
+    experts = {
+        "moe_intermediate_size": 20,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": CHOICES,
+        "mlp_only_layers": [],
+    }
     torch.manual_seed(seed)
     if kind == "text-moe":
         model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**text | experts, norm_topk_prob=True))
@@ -131,9 +137,16 @@ def make_batch(
     images: str = "all",
     lengths: tuple[int, int] = (1, 12),
     seed: int = 0,
+    experts: bool = False,
 ) -> TrainBatch:
-    """Ragged prompts and responses. `images`: all, none or some (every second prompt)."""
-    rng = random.Random(seed)
+    """Ragged prompts and responses. `images`: all, none or some (every second prompt). `experts`: random choices of the
+    engine, in the first response of every prompt for a part of the prompt, too."""
+    rng, choice = random.Random(seed), random.Random(seed)
+
+    def record(tokens: int) -> bytes:
+        pairs = [choice.sample(range(EXPERTS), CHOICES) for _ in range(tokens * LAYERS)]
+        return bytes(expert for pair in pairs for expert in pair) if experts else b""
+
     made = []
     for number in range(groups):
         with_image = images == "all" or (images == "some" and number % 2 == 0)
@@ -149,8 +162,9 @@ def make_batch(
                 advantage=rng.gauss(0, 1),
                 rollout_logprobs=tuple(-rng.random() * 4 for _ in range(n)),
                 trained=rng.random() < 0.9,
+                experts=record(n - 1 + 2 * (index == 0)),
             )
-            for n in (rng.randint(*lengths) for _ in range(size))
+            for index, n in enumerate(rng.randint(*lengths) for _ in range(size))
         )
         made.append(TrainGroup(prompt, sequences))
     updates = tuple(tuple(range(i, min(i + per_update, groups))) for i in range(0, groups, per_update))

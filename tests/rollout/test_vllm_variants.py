@@ -141,6 +141,11 @@ def test_vllm_refusing_its_arguments_is_one_clear_error(folder_of: Folders, proc
         VllmEngine(folder_of("text"), processor_of("text"), max_model_len=10_000_000, kv_cache_mib=1)
 
 
+def test_vllm_on_cpu_is_not_asked_for_the_experts_it_chose(folder_of: Folders, processor_of: Processors) -> None:
+    with pytest.raises(ConfigError, match=r"vLLM on CPU does not tell .* rollout\.engine=transformers"):
+        VllmEngine(folder_of("moe"), processor_of("moe"), tell_experts=True)
+
+
 def test_kv_cache_of_bfloat16_stays_near(folder_of: Folders, processor_of: Processors) -> None:
     processor = processor_of("dense")
     engine = start(folder_of("dense"), processor, dtype="bfloat16")

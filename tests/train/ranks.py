@@ -39,6 +39,11 @@ class Case:
     min_group_bytes: int = 0
     """0: FSDP per block, as large models have it; the default value of the code puts these models in one piece."""
 
+    @property
+    def plain(self) -> bool:
+        """Plain transformers computes the same."""
+        return not self.load and self.dtype == torch.float64 and "experts" not in self.batch
+
     def make_batch(self) -> Any:
         return make_batch(**{"images": "none" if self.kind.startswith("text") else "some"} | self.batch)
 

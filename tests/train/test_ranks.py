@@ -1,5 +1,7 @@
 """Two gloo ranks give what one process of plain transformers gives; their state and export go anywhere."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.train.reference import reference_run, run_config
 
 # Odd numbers, so that ranks get unequal packs; half of the prompts have images, so that some packs have none.
 BATCH = {"groups": 5, "per_update": 3}
+REPLAY = {"rollout": {"router_replay": True}}
 CASES = {
     "fsdp": Case("dense", batch=BATCH, save="two", export="export"),
     "resumed": Case("dense", batch=BATCH, load="two"),
@@ -19,6 +22,13 @@ CASES = {
     "offload": Case("dense", parallel={"offload_parameters": True}, batch=BATCH, save="offloaded"),
     "ulysses": Case("dense", parallel={"sequence_parallel": 2}, batch=BATCH),
     "ulysses moe": Case("moe", {"model": {"gradient_checkpointing": True}}, {"sequence_parallel": 2}, BATCH),
+    "replay": Case("moe", REPLAY, batch={**BATCH, "experts": True}),
+    "replay, ulysses": Case(
+        "moe",
+        {**REPLAY, "model": {"gradient_checkpointing": True}},
+        {"sequence_parallel": 2},
+        {**BATCH, "experts": True},
+    ),
     "one piece": Case("dense", batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
     "one piece, hsdp": Case("moe", parallel={"fsdp_size": 1}, batch=BATCH, tokens_per_pack=40, min_group_bytes=2**24),
     "bfloat16": Case("dense", {"model": {"compute_dtype": "bfloat16"}}, batch=BATCH, dtype=torch.float32),
@@ -36,7 +46,7 @@ def results(root):
     return run_ranks(2, CASES, root)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load and name != "bfloat16"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.plain])
 def test_two_ranks_equal_plain_transformers_in_one_process(name, results, root):
     case = CASES[name]
     expected, weights = reference_run(case.make_folder(root), case.kind, case.make_batch(), run_config())
@@ -84,6 +94,18 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process_as_on_two(results, roo
         assert result["count"] == alone["count"] == 4
         for name, tensor in result["weights"].items():
             torch.testing.assert_close(tensor, alone["weights"][name], rtol=0, atol=1e-9)
+
+
+def test_replayed_experts_are_the_same_on_any_number_of_ranks(results, root):
+    case = dataclasses.replace(CASES["replay"], share_prefix=False)
+    [alone] = run_ranks(1, {"replay alone": case}, root)["replay alone"]
+    for name in ("replay", "replay, ulysses"):
+        for result in results[name]:
+            for found, expected in zip(result["updates"], alone["updates"], strict=True):
+                assert found["loss"] == pytest.approx(expected["loss"], abs=1e-9)
+                assert found["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-9)
+            for tensor_name, tensor in result["weights"].items():
+                torch.testing.assert_close(tensor, alone["weights"][tensor_name], rtol=0, atol=1e-9, msg=tensor_name)
 
 
 def test_an_export_of_two_ranks_holds_the_trained_weights(results, root):
