@@ -50,6 +50,7 @@ def test_another_kind_drops_the_old_variants_keys(tmp_path):
         ("batch.prompts_per_update=24", "try 16 or 32"),
         ("batch.tokens_per_pack=100", "cannot hold the longest sequence"),
         ("model.parallel.sequence_parallel=3", "must divide"),
+        ("model.parallel.fsdp_size=2", "model.parallel.fsdp_size=2 must divide model.parallel.world_size=1"),
         ("train.steps", "not of the form key.subkey=value"),
         ("name=../evil", "name='../evil'"),
         ("seed.deep=3", "seed is a value, not a section"),
