@@ -66,6 +66,8 @@ class RemoteFolder:
         except ValueError as error:
             raise EnvironmentCheckError(f"{url} cannot be opened: {error}; use s3://, gs://, file:// ...") from None
         self._root = str(root).rstrip("/")
+        # Object stores have no folders to make, and their drivers would make a misspelt bucket instead.
+        self._has_folders = protocol not in _PACKAGES
 
     def files(self, under: str = "") -> dict[str, RemoteFile]:
         """All objects below (relative names), in one listing."""
@@ -95,7 +97,8 @@ class RemoteFolder:
 
     def put(self, file: Path, name: str) -> None:
         path = self._path(name)
-        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self._has_folders:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.put_file(str(file), path)
 
     def get(self, name: str, file: Path) -> None:

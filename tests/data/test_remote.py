@@ -120,3 +120,13 @@ def test_missing_and_wrong_credentials_and_an_unreachable_server_are_told_in_tim
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(EnvironmentCheckError, match=r"does not answer within 8 s|cannot be written"):
         probe(url, write=True)
+
+
+@S3
+def test_a_misspelt_bucket_is_told_and_not_made(s3_server, monkeypatch):
+    import s3fs
+
+    s3_folder(s3_server, monkeypatch)
+    with pytest.raises(EnvironmentCheckError, match="cannot be written"):
+        probe("s3://bukcet/runs", write=True)
+    assert s3fs.S3FileSystem().ls("") == ["bucket"]
