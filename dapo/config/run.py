@@ -110,6 +110,11 @@ class RunConfig(Frozen):
         """Groups of sequence-parallel ranks: each trains on its own packs."""
         return self.model.parallel.world_size // self.model.parallel.sequence_parallel
 
+    @property
+    def devices(self) -> int:
+        """All devices of the run: those that train and those that only generate."""
+        return self.model.parallel.world_size + self.rollout.devices
+
     def derived(self) -> dict[str, int | str]:
         """Numbers that follow from the independent ones; printed at the start."""
         p = self.model.parallel

@@ -68,7 +68,7 @@ def cluster(config: RunConfig, nodes: Sequence[Mapping[str, Any]], pids: Sequenc
         nodes: living nodes, each with `resources_total`.
         pids: processes of a local Ray, to look into.
     """
-    world = config.model.parallel.world_size
+    world = config.devices
     have = {name: sum(float(node["resources_total"].get(name, 0)) for node in nodes) for name in ("CPU", "GPU", "NPU")}
     told = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}: " + ", ".join(
         f"{count:.0f} {name}" for name, count in have.items() if count
@@ -80,7 +80,8 @@ def cluster(config: RunConfig, nodes: Sequence[Mapping[str, Any]], pids: Sequenc
         hint = "ray start --resources='{\"NPU\": 16}'" if wanted == "NPU" else "ray start --num-gpus=8"
         devices = fail(
             "Ray cluster",
-            f"{told}; model.parallel.world_size={world} needs {world} {wanted}",
+            f"{told}; model.parallel.world_size={world - config.rollout.devices} and rollout.devices="
+            f"{config.rollout.devices} need {world} {wanted}",
             f"join more nodes (where Ray cannot count: {hint}), or lower model.parallel.world_size",
         )
     else:
@@ -100,16 +101,14 @@ def _device(config: RunConfig) -> Check:
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     here_are = ", ".join([*(["NPU"] if npu.present() else []), *([f"{gpus} GPU"] if gpus else []), "CPU"])
     if config.device == "cuda":
-        world = config.model.parallel.world_size
+        world = config.devices
         remedy = "device=auto takes the best one present; configs/geo3k_tiny.yaml runs on any CPU"
         if not gpus:
             return fail("device", f"device=cuda, and this machine has: {here_are}", remedy)
         if "cpu" in (here.installed("torch") or ""):
             return fail("device", "device=cuda, and torch is built for CPU", "install the CUDA build (README)")
         if gpus < world:
-            return fail(
-                "device", f"{gpus} GPUs, model.parallel.world_size={world}", f"model.parallel.world_size={gpus}"
-            )
+            return fail("device", f"{gpus} GPUs, {world} needed", f"model.parallel.world_size={gpus}")
     if config.device == "npu" and not npu.present():
         return fail(
             "device",

@@ -70,8 +70,8 @@ def _devices(config: RunConfig, env: Mapping[str, str]) -> Check:
         return fail("NPU devices", f"{', '.join(missing)} missing", "docker run --device " + " --device ".join(missing))
     visible = env.get("ASCEND_RT_VISIBLE_DEVICES")
     count = len(visible.split(",")) if visible else len(found)
-    need = config.model.parallel.world_size
-    told = f"{count} NPUs{f' (ASCEND_RT_VISIBLE_DEVICES={visible})' if visible else ''}, world size {need}"
+    need = config.devices
+    told = f"{count} NPUs{f' (ASCEND_RT_VISIBLE_DEVICES={visible})' if visible else ''}, {need} needed"
     if count < need:
         return fail(
             "NPU devices", told, f"model.parallel.world_size={count}, or ray.address of a cluster with {need} devices"

@@ -169,7 +169,7 @@ class Controller:
         sync = self.sync()
         metrics = step_metrics(groups, [u.metrics for u in updates], sampled, self.sampling.responses)
         seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
-        speed = speed_metrics(groups, seconds, self.config.model.parallel.world_size)
+        speed = speed_metrics(groups, seconds, self.config.devices)
         state = {"train/kl_coef": self.kl.coef, "groups/unfinished": len(self.generation.open)}
         self.finish_step(metrics | sync | speed | state, seconds)
 

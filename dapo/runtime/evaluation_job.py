@@ -138,8 +138,8 @@ def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Gen
     from dapo.runtime.workers import RayEngine, Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
-    workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
-    for place in workers.get(workers.begin(weights), 600.0, "loading the weights"):
+    workers = Workers(config)
+    for place in workers.ready(workers.begin(weights)):
         log.info("worker %s", place)
     yield RayEngine(workers).generate
     workers.close()

@@ -81,7 +81,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     if config.train.mirror:
         mirror = Mirror(config.train.mirror, folder, config.train.keep_checkpoints)
         mirror.restore()
-    workers = Workers(config, threads=max(1, (os.cpu_count() or 1) // config.model.parallel.world_size))
+    workers = Workers(config)
     loading = workers.begin(weights)
 
     from dapo.runtime.controller import Controller
@@ -91,7 +91,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     with RewardPool(
         config.reward.function, workers=config.reward.workers, deadline_s=config.reward.deadline_s
     ) as rewards:
-        for place in workers.get(loading, 600.0, "loading the weights"):
+        for place in workers.ready(loading):
             log.info("worker %s", place)
         controller = Controller(
             config,

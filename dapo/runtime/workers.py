@@ -1,10 +1,8 @@
-"""Ray actors: thin shells round the policy and the engine, one per device, and the two fan-out doors to them."""
+"""The fan-out over all actors, and the two doors of the controller to them: `RayEngine` and `RayPolicy`."""
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,160 +11,66 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from dapo import torchvision_cpu
+from dapo import device
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError, EngineError, EnvironmentCheckError, TrainingError
-from dapo.plan import variables
+from dapo.rollout.checks import compare_fingerprints
 from dapo.rollout.engine import Begun, collected
+from dapo.runtime.actors import Generator, Trainer
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, Finished, PackPlan, Prompt, SamplingParams, TrainBatch
 
-log = logging.getLogger(__name__)
-
 START_DEADLINE_S = 600.0
 WRITE_DEADLINE_S = 1800.0
-STREAM_EVERY_S = 0.2
-
-
-class Worker:
-    """One rank: its shard of the policy and (colocated) its engine."""
-
-    def __init__(self, config: RunConfig, rank: int, world: int) -> None:
-        self.config, self.rank, self.world = config, rank, world
-
-    def rendezvous(self) -> str:
-        """host:port where rank 0 will listen for the process group."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-
-    def check_start(self) -> None:
-        """Raises EnvironmentCheckError where this process was started without what `ray.preload` asks for."""
-        if wrong := variables.lacking(self.config.ray.preload):
-            raise EnvironmentCheckError(
-                f"worker {self.rank} on {socket.gethostname()} was started {'; '.join(wrong)} (ray.preload). Such "
-                "variables cannot be set later: export them on that node before `ray start`, or set ray.address=null "
-                "for a Ray of our own, which gets them"
-            )
-
-    def start(self, rendezvous: str, weights: str) -> dict[str, Any]:
-        """Join the process group, load the weights, start the engine."""
-        self.check_start()
-        torchvision_cpu.install()  # before the imports below bring in transformers
-        from dapo.data.processor import PromptProcessor
-        from dapo.rollout.choice import make_engine
-        from dapo.train.fsdp_policy import FsdpPolicy
-        from dapo.train.sync import WeightSync
-
-        host, _, port = rendezvous.rpartition(":")
-        os.environ.update(
-            MASTER_ADDR=host, MASTER_PORT=port, RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0"
-        )
-        self.processor = PromptProcessor(Path(weights))
-        self.policy = FsdpPolicy(self.config, Path(weights), self.processor, rank=self.rank, world=self.world)
-        self._make_engine = lambda: make_engine(self.config, Path(weights), self.processor, self.policy.device)
-        self.engine = self._make_engine()
-        self.weight_sync = WeightSync(self.policy)
-        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self.policy.device)}
-
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> Iterator[list[Finished]]:
-        """What the engine wrote since the last time it was looked, at most every `STREAM_EVERY_S` seconds."""
-        ended: list[Finished] = []
-        sent = time.monotonic()
-        for done in self.engine.stream(prompts, params, begun):
-            ended.append(done)
-            if time.monotonic() - sent > STREAM_EVERY_S:
-                yield ended
-                ended, sent = [], time.monotonic()
-        yield ended
-
-    def restart_engine(self) -> None:
-        self.weight_sync.forget()
-        self.engine.close()
-        self.engine = self._make_engine()
-
-    def sleep(self) -> None:
-        self.engine.sleep()
-
-    def wake(self) -> None:
-        self.engine.wake()
-
-    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return self.policy.logprobs(batch, plan)
-
-    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return self.policy.old_logprobs(batch, plan)
-
-    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return self.policy.reference_logprobs(batch, plan)
-
-    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
-        return self.policy.update(batch, plan, index)
-
-    def sync(self, version: int) -> dict[str, float]:
-        from dapo.rollout.checks import compare_fingerprints
-
-        sent = self.weight_sync.send(lambda weights, unchanged: self.engine.update_weights(weights, version, unchanged))
-        try:
-            compare_fingerprints(trainer=sent.fingerprint, engine=self.engine.fingerprint())
-        except EngineError:
-            self.weight_sync.forget()
-            raise
-        return sent.metrics
-
-    def save(self, folder: str) -> None:
-        self.policy.save(Path(folder))
-
-    def load(self, folder: str) -> None:
-        self.policy.load(Path(folder))
-
-    def export(self, folder: str) -> None:
-        self.policy.export(Path(folder))
-
-    def written(self, wait: bool) -> bool:
-        return self.policy.written(wait=wait)
-
-
-def start_workers(config: RunConfig, threads: int) -> list[Any]:
-    """One actor per device; says what is missing instead of waiting for it for ever."""
-    from dapo import device
-
-    world = config.model.parallel.world_size
-    kind = device.resolve(config.device)
-    have = ray.cluster_resources()
-    options: dict[str, Any] = {"num_cpus": 0}
-    if kind != "cpu":
-        name = "GPU" if kind == "cuda" else "NPU"
-        if have.get(name, 0) < world:
-            raise EnvironmentCheckError(
-                f"model.parallel.world_size={world} needs {world} {name} devices, the Ray cluster has "
-                f"{int(have.get(name, 0))}; lower it, or join nodes with `ray start` (for NPUs Ray cannot count: "
-                f"--resources='{{\"NPU\": 16}}')"
-            )
-        options = {"num_gpus": 1} if kind == "cuda" else {"resources": {"NPU": 1}}
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} if kind == "cpu" else {}
-    actor = ray.remote(Worker)
-    return [
-        actor.options(**options, name=f"worker-{rank}", runtime_env={"env_vars": env}).remote(config, rank, world)
-        for rank in range(world)
-    ]
 
 
 class Workers:
-    """Calls every worker and turns what goes wrong into one sentence."""
+    """One actor per device: the trainers and, with `rollout.devices`, engines beside them. Calls them, and turns what
+    goes wrong into one sentence.
 
-    def __init__(self, config: RunConfig, threads: int) -> None:
-        self.actors = start_workers(config, threads)
+    Raises:
+        EnvironmentCheckError: the cluster has fewer devices than the run needs.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self._options = _actor_options(config)
+        world = config.model.parallel.world_size
+        self.trainers = [self._actor(Trainer, f"trainer-{i}").remote(config, i, world) for i in range(world)]
+        self.generators = self._new_generators()
+
+    @property
+    def engines(self) -> list[Any]:
+        """The actors that hold an engine."""
+        return self.generators or self.trainers
 
     def begin(self, weights: Path) -> list[Any]:
-        """Start loading everywhere; returns at once with what `get` waits for."""
-        rendezvous = self.get([self.actors[0].rendezvous.remote()], START_DEADLINE_S, "starting")[0]
-        return [actor.start.remote(rendezvous, str(weights)) for actor in self.actors]
+        """Start loading everywhere; returns at once with what `ready` waits for."""
+        self.weights = str(weights)
+        rendezvous = self._rendezvous(self.trainers[0])
+        return [a.start.remote(rendezvous, self.weights) for a in self.trainers] + self._begin_generators()
+
+    def ready(self, loading: list[Any]) -> list[Any]:
+        """Wait for what `begin` began; returns host, process and device of each actor."""
+        places = self.get(loading, START_DEADLINE_S, "loading the weights")
+        self._join()
+        return places
+
+    def restart_engines(self) -> None:
+        """Engines on devices of their own get new processes, whatever became of the old ones."""
+        if not self.generators:
+            self.call("restart_engine", deadline_s=START_DEADLINE_S)
+            return
+        for actor in self.generators:
+            ray.kill(actor)
+        self.generators = self._new_generators()
+        self.get(self._begin_generators(), START_DEADLINE_S, "restarting the engines")
+        self._join()
+        self.call("forget_engines")
 
     def call(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """The same call on every worker (collectives inside need all of them)."""
-        return self.get([getattr(a, method).remote(*args) for a in self.actors], deadline_s, method)
+        """The same call on every trainer (collectives inside need all of them)."""
+        return self.get([getattr(a, method).remote(*args) for a in self.trainers], deadline_s, method)
 
     def get(self, refs: list[Any], deadline_s: float | None, what: str) -> list[Any]:
         try:
@@ -179,11 +83,58 @@ class Workers:
                 raise cause from error
             raise
         except RayActorError as error:
-            raise TrainingError(f"a worker process died during {what}: {error}") from error
+            # A colocated engine dies with its trainer; one beside it can be started again.
+            kind = EngineError if self.generators and error.actor_id in self._generator_ids() else TrainingError
+            raise kind(f"a worker process died during {what}: {error}") from error
 
     def close(self) -> None:
-        for actor in self.actors:
+        for actor in [*self.trainers, *self.generators]:
             ray.kill(actor)
+
+    def _actor(self, kind: type, name: str) -> Any:
+        return ray.remote(kind).options(**self._options, name=name)
+
+    def _new_generators(self) -> list[Any]:
+        count = self.config.rollout.devices
+        return [self._actor(Generator, f"generator-{i}").remote(self.config, i) for i in range(count)]
+
+    def _begin_generators(self) -> list[Any]:
+        tp = self.config.rollout.tensor_parallel
+        meet = [self._rendezvous(first) for first in self.generators[::tp]]
+        return [actor.start.remote(meet[i // tp], self.weights) for i, actor in enumerate(self.generators)]
+
+    def _join(self) -> None:
+        """Trainer's rank 0 and all engines beside it make the group through which weights go."""
+        if not self.generators:
+            return
+        members = [self.trainers[0], *self.generators]
+        rendezvous = self._rendezvous(self.trainers[0])
+        joining = [actor.join.remote(rendezvous, len(members)) for actor in members]
+        self.get(joining, START_DEADLINE_S, "joining the group for weights")
+
+    def _rendezvous(self, actor: Any) -> str:
+        place: str = self.get([actor.rendezvous.remote()], START_DEADLINE_S, "starting")[0]
+        return place
+
+    def _generator_ids(self) -> set[str]:
+        return {actor._actor_id.hex() for actor in self.generators}
+
+
+def _actor_options(config: RunConfig) -> dict[str, Any]:
+    kind = device.resolve(config.device)
+    if kind == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // config.devices)
+        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        return {"num_cpus": 0, "runtime_env": {"env_vars": env}}
+    name = "GPU" if kind == "cuda" else "NPU"
+    have = int(ray.cluster_resources().get(name, 0))
+    if have < config.devices:
+        raise EnvironmentCheckError(
+            f"model.parallel.world_size={config.model.parallel.world_size} and rollout.devices="
+            f"{config.rollout.devices} need {config.devices} {name} devices, the cluster has {have}; lower them, or "
+            f"join nodes with `ray start` (for NPUs Ray cannot count: --resources='{{\"NPU\": 16}}')"
+        )
+    return {"num_cpus": 0} | ({"num_gpus": 1} if kind == "cuda" else {"resources": {"NPU": 1}})
 
 
 class RayEngine:
@@ -199,11 +150,12 @@ class RayEngine:
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
         """See `Engine.stream`: of all replicas, in the order in which they send."""
         tp = self.workers.config.rollout.tensor_parallel
-        replicas = len(self.workers.actors) // tp
+        engines = self.workers.engines
+        replicas = len(engines) // tp
         ends_at = time.monotonic() + self.deadline_s
         open_streams: dict[Any, int] = {}
         followers = []
-        for i, actor in enumerate(self.workers.actors):
+        for i, actor in enumerate(engines):
             replica = i // tp
             share = prompts[replica::replicas], params, begun[replica::replicas]
             stream = actor.stream.options(num_returns="streaming").remote(*share)
@@ -225,13 +177,16 @@ class RayEngine:
                 yield done._replace(prompt=replica + replicas * done.prompt)
 
     def restart(self) -> None:
-        self.workers.call("restart_engine", deadline_s=START_DEADLINE_S)
+        self.workers.restart_engines()
 
     def sleep(self) -> None:
-        self.workers.call("sleep")
+        """Colocated engines make room for the trainer; others have their device for themselves."""
+        if not self.workers.generators:
+            self.workers.call("sleep")
 
     def wake(self) -> None:
-        self.workers.call("wake")
+        if not self.workers.generators:
+            self.workers.call("wake")
 
 
 class RayPolicy:
@@ -255,8 +210,21 @@ class RayPolicy:
         return result
 
     def sync(self, version: int) -> dict[str, float]:
-        metrics: dict[str, float] = self.workers.call("sync", version)[0]
-        return metrics
+        workers = self.workers
+        if not workers.generators:
+            metrics: dict[str, float] = workers.call("sync", version)[0]
+            return metrics
+        sending = [trainer.send.remote() for trainer in workers.trainers]
+        receiving = [generator.receive.remote(version) for generator in workers.generators]
+        results = workers.get([*sending, *receiving], START_DEADLINE_S, "weight sync")
+        sent = results[0]
+        try:
+            for fingerprint in results[len(sending) :]:
+                compare_fingerprints(trainer=sent.fingerprint, engine=fingerprint)
+        except EngineError:
+            workers.call("forget_engines")
+            raise
+        return dict(sent.metrics)
 
     def save(self, folder: Path) -> None:
         self.workers.call("save", str(folder))

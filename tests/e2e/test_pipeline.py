@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -127,3 +128,18 @@ def test_the_same_run_works_with_vllm(tmp_path):
     for event in pipeline.events("step"):
         assert event.data["metrics"]["engine/gap_mean"] < 1e-4
     assert json.loads(pipeline.folder.mlflow.read_text())["run_id"]
+
+
+@pytest.mark.slow
+def test_engines_beside_the_trainer_generate_ahead_and_one_that_is_killed_is_replaced(tmp_path):
+    beside = ("model.parallel.world_size=1", "rollout.devices=1", "rollout.ahead=true", "rollout.probe_every=1")
+    pipeline = Pipeline(tmp_path, (*beside, "train.steps=6", "train.test_freq=0", "train.save_freq=0")).start()
+    pipeline.wait_for(lambda: pipeline.events("step"))
+    _, generator = re.findall(r"worker {.*'pid': (\d+)", pipeline.folder.job_log.read_text())
+    os.kill(int(generator), signal.SIGKILL)
+    pipeline.finish()
+    assert len(pipeline.events("started")) == 1, "the job itself went on"
+    assert [e.data["name"] for e in pipeline.events("alarm")].count("engine_restarted") == 1
+    assert [e.step for e in pipeline.events("step")] == [1, 2, 3, 4, 5, 6]
+    for event in pipeline.events("step"):
+        assert event.data["metrics"]["engine/probe_mean"] < 1e-4

@@ -147,7 +147,7 @@ def test_cluster_without_enough_devices_names_both_numbers():
     wanted = config(device="npu", model={"parallel": {"world_size": 16}})
     check = checks.cluster(wanted, nodes)[0]
     assert check.status == "fail"
-    assert "1 node: 8 CPU, 8 NPU; model.parallel.world_size=16 needs 16 NPU" in check.reason
+    assert "1 node: 8 CPU, 8 NPU; model.parallel.world_size=16 and rollout.devices=0 need 16 NPU" in check.reason
     assert checks.cluster(wanted, nodes * 2)[0].status == "ok"
 
 

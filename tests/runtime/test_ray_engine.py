@@ -54,8 +54,9 @@ def engine_of(replicas, *, tensor_parallel=1, deadline_s=30.0):
             "rollout": {"tensor_parallel": tensor_parallel, "deadline_s": deadline_s},
         }
     )
-    workers.actors = [ray.remote(Replica).options(num_cpus=0).remote() for _ in range(world)]
-    ray.get([actor.ready.remote() for actor in workers.actors])
+    workers.generators = []
+    workers.trainers = [ray.remote(Replica).options(num_cpus=0).remote() for _ in range(world)]
+    ray.get([actor.ready.remote() for actor in workers.trainers])
     return RayEngine(workers)
 
 

@@ -24,7 +24,7 @@ def test_a_worker_that_was_started_without_a_variable_says_so_before_it_loads_an
         ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, _temp_dir=sys.argv[1])
         os.environ["SET_TOO_LATE"] = "1"
         for name in ("SET_BEFORE", "SET_TOO_LATE"):
-            workers = Workers(io.validate({"device": "cpu", "ray": {"preload": {name: "1"}}}), threads=1)
+            workers = Workers(io.validate({"device": "cpu", "ray": {"preload": {name: "1"}}}))
             try:
                 workers.get(workers.begin(Path("/no/weights")), 100, "loading")
             except Exception as error:
