@@ -168,6 +168,11 @@ class RunConfig(Frozen):
             )
         if (r.ahead or r.finish_share < 1) and self.algorithm.sampling.compat == "verl":
             raise ValueError("algorithm.sampling.compat=verl has neither rollout.ahead nor rollout.finish_share")
+        if r.finish_share < 1 and r.router_replay:
+            raise ValueError(
+                f"rollout.finish_share={r.finish_share} with rollout.router_replay=true: of a continued response the "
+                "engine tells only the last part's experts; use one of the two"
+            )
         if r.finish_share < 1 and self.algorithm.correction.kind == "off":
             raise ValueError(
                 f"rollout.finish_share={r.finish_share} mixes policy versions within a response: switch the correction "

@@ -51,6 +51,9 @@ def test_another_kind_drops_the_old_variants_keys(tmp_path):
         ("batch.tokens_per_pack=100", "cannot hold the longest sequence"),
         ("model.parallel.sequence_parallel=3", "must divide"),
         ("model.parallel.fsdp_size=2", "model.parallel.fsdp_size=2 must divide model.parallel.world_size=1"),
+        ("rollout.tensor_parallel=2", "rollout.tensor_parallel=2 must divide model.parallel.world_size=1"),
+        ("rollout.ahead=true", "give the engines devices of their own"),
+        ("rollout.finish_share=0.9", "algorithm.correction.kind=truncate"),
         ("train.steps", "not of the form key.subkey=value"),
         ("name=../evil", "name='../evil'"),
         ("seed.deep=3", "seed is a value, not a section"),
@@ -87,3 +90,17 @@ def test_the_form_has_a_description_for_every_field():
     schema = io.RunConfig.model_json_schema()
     for name, model in {**schema["$defs"], "RunConfig": schema}.items():
         assert model.get("description"), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.devices=2", "rollout.tensor_parallel=3"], "must divide rollout.devices=2"),
+        (["rollout.devices=1", "rollout.ahead=true", "algorithm.sampling.max_staleness=0"], "must be at least 1"),
+        (["rollout.finish_share=0.9", "algorithm.sampling.compat=verl"], "neither rollout.ahead nor"),
+        (["rollout.finish_share=0.9", "rollout.router_replay=true"], "use one of the two"),
+    ],
+)
+def test_ways_of_generating_that_exclude_each_other_are_told(tmp_path, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        io.load(write(tmp_path, "base.yaml", {}), overrides)
