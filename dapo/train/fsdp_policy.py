@@ -290,8 +290,10 @@ class FsdpPolicy:
 
     def close(self) -> None:
         """Finish what is being written and leave the process group."""
-        self.writing.finish()
-        parallel.leave()
+        try:
+            self.writing.finish()
+        finally:
+            parallel.leave()
 
 
 def _spread(logprobs: Tensor, targets: PackTargets, values: list[list[tuple[float, ...]]]) -> None:
