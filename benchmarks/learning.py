@@ -1,15 +1,22 @@
-"""Does it learn? The whole demo from nothing, for several seeds: accuracy before and after, time, memory.
+"""Does it learn, and equally well with either engine? The whole demo, for several seeds: accuracy, time, memory.
 
-    python -m benchmarks.learning                    # seeds 0, 1 and 2, each with a cache and run folder of its own
-    python -m benchmarks.learning --seeds 0 1 -- rollout.engine=vllm
+    python -m benchmarks.learning                          # the light engine; each seed from nothing
+    python -m benchmarks.learning --engine both [--json FILE]
+    python -m benchmarks.learning --seeds 0 1 -- train.steps=20
 
 Everything the demo does is measured: Prefect, Ray, data, warm-up, training, report. Memory is the peak of the
-proportional set size (shared pages counted once) summed over all processes the demo started.
+proportional set size (shared pages counted once) summed over all processes the demo started; CPU seconds are theirs,
+too. With `--engine both` the second engine of a seed finds data and warmed-up weights of the first in the cache, so
+its "everything" is without that, and both start from the same weights.
+
+The engines draw different random numbers, so their runs differ by chance as two seeds do; what of the difference at
+the end is more than chance of the held-out answers says the interval beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,22 +25,32 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from dapo.eval import results
+from dapo.eval.estimate import paired_difference
 from dapo.observe.journal import read
+from dapo.observe.layout import RunFolder
 
 MARK = "DAPO_BENCHMARK"
+ENGINES = ("transformers", "vllm")
 
 
-class PeakMemory(threading.Thread):
-    """Follows every process that inherited the mark, daemons included."""
+class Usage(threading.Thread):
+    """Memory and CPU seconds of every process that inherited the mark, daemons included."""
 
     def __init__(self, mark: str) -> None:
         super().__init__(daemon=True)
         self.mark, self.peak, self.done = mark, 0, threading.Event()
-        self._ours: set[int] = set()
+        self._cpu: dict[int, float] = {}
         self._strange: set[int] = set()
+
+    @property
+    def cpu_s(self) -> float:
+        """As last seen: what a process used in its last second is missing."""
+        return sum(self._cpu.values())
 
     def run(self) -> None:
         while not self.done.wait(1.0):
@@ -44,25 +61,26 @@ class PeakMemory(threading.Thread):
             return 0
         try:
             process = psutil.Process(pid)
-            if pid not in self._ours:
-                if process.environ().get(MARK) != self.mark:
-                    # A child has its parent's environment until it runs its own program: the young are asked again.
-                    if time.time() - process.create_time() > 5:
-                        self._strange.add(pid)
-                    return 0
-                self._ours.add(pid)
+            if pid not in self._cpu and process.environ().get(MARK) != self.mark:
+                # A child has its parent's environment until it runs its own program: the young are asked again.
+                if time.time() - process.create_time() > 5:
+                    self._strange.add(pid)
+                return 0
+            times = process.cpu_times()
+            self._cpu[pid] = times.user + times.system
             return int(process.memory_full_info().pss)
         except psutil.Error:
             return 0
 
 
-def measure(config: str, seed: int, overrides: list[str]) -> dict[str, float]:
-    """One demo from nothing; raises CalledProcessError where it fails."""
+def measure(config: str, seed: int, engine: str, cache: Path, overrides: list[str]) -> dict[str, Any]:
+    """One demo; raises CalledProcessError where it fails."""
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="dapo-learning-") as folder:
-        own = [f"seed={seed}", f"model.source.seed={seed}", f"run_root={folder}/runs", f"data.cache_dir={folder}/cache"]
-        memory = PeakMemory(mark)
-        memory.start()
+        own = [f"seed={seed}", f"model.source.seed={seed}", f"rollout.engine={engine}"]
+        own += [f"run_root={folder}/runs", f"data.cache_dir={cache}"]
+        usage = Usage(mark)
+        usage.start()
         started = time.perf_counter()
         subprocess.run(
             [sys.executable, "-m", "dapo.cli", "run", config, *own, *overrides],
@@ -71,22 +89,52 @@ def measure(config: str, seed: int, overrides: list[str]) -> dict[str, float]:
             check=True,
         )
         seconds = time.perf_counter() - started
-        memory.done.set()
-        [journal] = Path(folder, "runs").glob("*/journal.jsonl")
-        events = list(read(journal))
-    accuracy = [e.data["metrics"]["val/accuracy"] for e in events if e.kind == "validation"]
-    steps = [e.data["metrics"]["time/step"] for e in events if e.kind == "step"]
+        usage.done.set()
+        [root] = Path(folder, "runs").glob("*/")
+        run = RunFolder(root)
+        events = list(read(run.journal))
+        last = run.validation_results(events[-1].step)
+        verdicts = results.accuracies(results.from_lines(last.read_text(), str(last)))
+    curve = [(e.step, e.data["metrics"]["val/accuracy"]) for e in events if e.kind == "validation"]
+    steps = [e.data["metrics"] for e in events if e.kind == "step"]
     first = next(e.time for e in events if e.kind == "started")
     return {
         "seed": seed,
-        "before": accuracy[0],
-        "after": accuracy[-1],
+        "engine": engine,
+        "before": curve[0][1],
+        "after": curve[-1][1],
+        "curve": curve,
         "steps": len(steps),
-        "step_s": sum(steps) / len(steps),
+        "step_s": sum(m["time/step"] for m in steps) / len(steps),
         "training_s": events[-1].time - first,
         "total_s": seconds,
-        "memory_gib": memory.peak / 2**30,
+        "cpu_s": usage.cpu_s,
+        "memory_gib": usage.peak / 2**30,
+        "gap": max(m["engine/gap_mean"] for m in steps),
+        "verdicts": verdicts,
     }
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| seed | engine | accuracy before | after | steps | s per step | training s | everything s | CPU s "
+        "| peak memory GiB | mean gap, worst step |"
+    )
+    print("|" + "---|" * 11)
+    for r in rows:
+        print(
+            f"| {r['seed']} | {r['engine']} | {r['before']:.3f} | {r['after']:.3f} | {r['steps']} | {r['step_s']:.2f} "
+            f"| {r['training_s']:.0f} | {r['total_s']:.0f} | {r['cpu_s']:.0f} | {r['memory_gib']:.2f} "
+            f"| {r['gap']:.1e} |"
+        )
+    pairs = [(a, b) for a in rows for b in rows if a["seed"] == b["seed"] and (a["engine"], b["engine"]) == ENGINES]
+    if not pairs:
+        return
+    print("\n| seed | vllm - transformers at the end | 95 % interval, paired by prompt |")
+    print("|---|---|---|")
+    for light, vllm in pairs:
+        difference = paired_difference(vllm["verdicts"], light["verdicts"])
+        print(f"| {light['seed']} | {difference.value:+.3f} | {difference.low:+.3f} to {difference.high:+.3f} |")
 
 
 def main() -> None:
@@ -94,18 +142,22 @@ def main() -> None:
         prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/geo3k_tiny.yaml")
+    parser.add_argument("--engine", choices=[*ENGINES, "both"], default="transformers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `dapo run`")
     args = parser.parse_args()
-    rows = [measure(args.config, seed, args.overrides) for seed in args.seeds]
+    engines = ENGINES if args.engine == "both" else (args.engine,)
+    rows = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory(prefix="dapo-learning-") as cache:
+            rows += [measure(args.config, seed, engine, Path(cache), args.overrides) for engine in engines]
     print(f"{args.config} {' '.join(args.overrides)} on {os.cpu_count()} cores")
-    print("| seed | accuracy before | after | steps | s per step | training s | everything s | peak memory GiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(
-            f"| {r['seed']:.0f} | {r['before']:.3f} | {r['after']:.3f} | {r['steps']:.0f} | {r['step_s']:.2f} "
-            f"| {r['training_s']:.0f} | {r['total_s']:.0f} | {r['memory_gib']:.2f} |"
-        )
+    report(rows)
+    if args.json:
+        command = " ".join(["python -m benchmarks.learning", *sys.argv[1:]])
+        kept = [{k: v for k, v in row.items() if k != "verdicts"} for row in rows]
+        args.json.write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

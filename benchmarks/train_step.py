@@ -23,12 +23,9 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from benchmarks.turns import Turns, trl_python
 from dapo import torchvision_cpu
 from dapo.algo.advantage import group_advantages
 from dapo.config import io as config_io
@@ -52,8 +50,6 @@ from dapo.train.fsdp_policy import FsdpPolicy
 from dapo.types import Prompt, TrainBatch, TrainGroup, TrainSequence
 
 PROMPTS, GROUP, UPDATES, TOKENS_PER_PACK = 16, 8, 4, 3072
-RIVAL = ("trl==1.16.0", "accelerate==1.15.0")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_model(folder: Path) -> Path:
@@ -144,48 +140,6 @@ def timed(out: dict[str, Any], name: str, call: Callable[[], Any]) -> Any:
     return result
 
 
-class Rival:
-    """TRL in its own process; answers one line per step."""
-
-    def __init__(self, folder: Path, rows: list[dict[str, Any]], rounds: int, threads: int) -> None:
-        work = folder.parent / "work.json"
-        work.write_text(json.dumps(rows))
-        command = [rival_python(), "-m", "benchmarks.train_step_trl", folder, work, rounds, threads]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
-
-    def step(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("STEP "):
-                result: dict[str, Any] = json.loads(line.removeprefix("STEP "))
-                return result
-        raise SystemExit(f"TRL's process ended with code {self.process.wait()}; see above")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def rival_python() -> str:
-    """TRL's environment: its own packages, and torch and transformers of this one."""
-    folder = ROOT / "cache" / "bench-trl"
-    python = folder / "bin" / "python"
-    if not (folder / ".done").exists():
-        print(f"making TRL's environment in {folder} ...", flush=True)
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *RIVAL], check=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        (folder / ".done").touch()
-    return str(python)
-
-
 def float32_rate() -> float:
     """Multiply-adds a second of a large float32 product through oneDNN."""
     a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
@@ -237,7 +191,11 @@ def main() -> None:
         processor = PromptProcessor(folder)
         batch, rows = make_work(processor)
         processor.banned_token_ids = ()  # TRL leaves no id out of the softmax; nor do we here
-        ours, rival = Ours(folder, processor, batch), Rival(folder, rows, args.rounds + 1, args.threads)
+        work_file = Path(work) / "work.json"
+        work_file.write_text(json.dumps(rows))
+        arguments = (folder, work_file, args.rounds + 1, args.threads)
+        ours = Ours(folder, processor, batch)
+        rival = Turns("benchmarks.train_step_trl", arguments, python=trl_python())
         try:
             pairs = [(ours.step(), rival.step()) for _ in range(args.rounds + 1)]
         finally:

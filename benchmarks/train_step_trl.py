@@ -24,6 +24,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.turns import answer, wait_for_turn
+
 GROUP, UPDATES = 8, 4
 
 
@@ -74,7 +76,7 @@ class TakeTurns(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % UPDATES == 0:
-            sys.stdin.readline()
+            wait_for_turn()
             self.started = clocks()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -85,7 +87,7 @@ class TakeTurns(TrainerCallback):
             update = [whole - rollout for whole, rollout in zip(step, t.rollout, strict=True)]
             times = {"logprob": t.logprob[0], "logprob wall": t.logprob[1]}
             times |= {"update": update[0], "update wall": update[1]}
-            print("STEP " + json.dumps(times | {"logprobs": t.logprobs()}), flush=True)
+            answer(times | {"logprobs": t.logprobs()})
 
 
 def main() -> None:

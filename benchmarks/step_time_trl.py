@@ -1,0 +1,140 @@
+"""The rival of `benchmarks.step_time`: TRL's GRPOTrainer; started by it, in TRL's own environment.
+
+With `generate()` TRL runs as it is. With vLLM on CPU it takes the two repairs of `OnCpu`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dapo import torchvision_cpu
+
+torchvision_cpu.install()
+
+import torch  # all of these end up importing torchvision
+import trl.trainer.grpo_trainer
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from benchmarks.turns import answer, wait_for_turn
+
+GROUP, UPDATES, MAX_TOKENS = 8, 4, 48
+
+
+class OnCpu(VLLMGeneration):  # type: ignore[misc]
+    """What TRL 1.16 needs to run with vLLM 0.32 on CPU."""
+
+    def sync_weights(self) -> None:
+        """TRL loads into the layers one by one; on CPU vLLM has packed them, and they cannot be loaded any more:
+        AttributeError: 'Parameter' object has no attribute 'weight_loader'. Nor does it drop image features of the
+        old weights; vLLM's own reload does, and must be told to forget that it has them."""
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.reload_weights(weights_iterator=self._iter_named_params())
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, prompts: Any, images: Any = None, **more: Any) -> Any:
+        """TRL passes image tokens that are expanded already, and vLLM would silently expand them once more."""
+        pad = self.processing_class.image_token_id
+        short = [[t for t, last in zip(ids, [None, *ids], strict=False) if t != pad or last != pad] for ids in prompts]
+        return super().generate(short, images, **more)
+
+
+class Counted(GRPOTrainer):  # type: ignore[misc]
+    """Notes how much a step generated."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        result = super()._generate_and_score_completions(inputs)
+        self.did = {
+            "responses": len(result["completion_mask"]),
+            "prompt_tokens": int(result["prompt_mask"].sum()),
+            "response_tokens": int(result["completion_mask"].sum()),
+        }
+        return result
+
+
+class TakeTurns(TrainerCallback):  # type: ignore[misc]
+    """A step is one generation and the updates on it."""
+
+    trainer: Counted
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % UPDATES == 0:
+            wait_for_turn()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % UPDATES == 0:
+            answer(self.trainer.did | {"updates": UPDATES})
+
+
+def main() -> None:
+    folder, work, backend, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    rows = json.loads(work.read_text())
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["text"]}]} for r in rows]).add_column(
+        "images", [[{"bytes": base64.b64decode(r["image"]), "path": None}] for r in rows]
+    )
+    data.set_transform(_with_pictures)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    ids = model.config
+    # Full length, and no placeholder of an image inside an answer, as on our side.
+    banned = [ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id]
+    banned += [processor.tokenizer.eos_token_id]
+    never = {"suppress_tokens": banned} if backend == "generate" else {"logit_bias": dict.fromkeys(banned, -100.0)}
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+        num_generations=GROUP,
+        per_device_train_batch_size=len(rows) * GROUP // UPDATES,
+        steps_per_generation=UPDATES,
+        gradient_accumulation_steps=1,
+        num_iterations=1,
+        max_completion_length=MAX_TOKENS,
+        mask_truncated_completions=False,
+        max_steps=UPDATES * rounds,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        generation_kwargs=never,
+        use_vllm=backend == "vllm",
+        vllm_mode="colocate",
+        vllm_max_model_length=512,
+    )
+    turns = TakeTurns()
+    trl.trainer.grpo_trainer.VLLMGeneration = OnCpu
+
+    def reward(completions: Any, **_: Any) -> list[float]:
+        return [float(sum(c[0]["content"].encode()) % 2 == 0) for c in completions]
+
+    turns.trainer = Counted(model, reward, config, data, processing_class=processor, callbacks=[turns])
+    turns.trainer.train()
+
+
+def _with_pictures(batch: dict[str, Any]) -> dict[str, Any]:
+    pictures = [[Image.open(io.BytesIO(i["bytes"])) for i in images] for images in batch["images"]]
+    return batch | {"images": pictures}
+
+
+if __name__ == "__main__":
+    main()
