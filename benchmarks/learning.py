@@ -90,8 +90,8 @@ def measure(config: str, seed: int, engine: str, cache: Path, overrides: list[st
         )
         seconds = time.perf_counter() - started
         usage.done.set()
-        [root] = Path(folder, "runs").glob("*/")
-        run = RunFolder(root)
+        [journal] = Path(folder, "runs").glob("*/journal.jsonl")
+        run = RunFolder(journal.parent)
         events = list(read(run.journal))
         last = run.validation_results(events[-1].step)
         verdicts = results.accuracies(results.from_lines(last.read_text(), str(last)))
@@ -111,7 +111,7 @@ def measure(config: str, seed: int, engine: str, cache: Path, overrides: list[st
         "cpu_s": usage.cpu_s,
         "memory_gib": usage.peak / 2**30,
         "gap": max(m["engine/gap_mean"] for m in steps),
-        "verdicts": verdicts,
+        "right": verdicts,
     }
 
 
@@ -133,7 +133,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("\n| seed | vllm - transformers at the end | 95 % interval, paired by prompt |")
     print("|---|---|---|")
     for light, vllm in pairs:
-        difference = paired_difference(vllm["verdicts"], light["verdicts"])
+        difference = paired_difference(vllm["right"], light["right"])
         print(f"| {light['seed']} | {difference.value:+.3f} | {difference.low:+.3f} to {difference.high:+.3f} |")
 
 
@@ -147,17 +147,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `dapo run`")
     args = parser.parse_args()
+    command = " ".join(["python -m benchmarks.learning", *sys.argv[1:]])
     engines = ENGINES if args.engine == "both" else (args.engine,)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory(prefix="dapo-learning-") as cache:
-            rows += [measure(args.config, seed, engine, Path(cache), args.overrides) for engine in engines]
-    print(f"{args.config} {' '.join(args.overrides)} on {os.cpu_count()} cores")
-    report(rows)
-    if args.json:
-        command = " ".join(["python -m benchmarks.learning", *sys.argv[1:]])
-        kept = [{k: v for k, v in row.items() if k != "verdicts"} for row in rows]
-        args.json.write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
+            for engine in engines:
+                rows.append(measure(args.config, seed, engine, Path(cache), args.overrides))
+                print(f"{args.config} {' '.join(args.overrides)} on {os.cpu_count()} cores")
+                report(rows)
+                if args.json:  # after every run, since each takes minutes
+                    args.json.write_text(json.dumps({"command": command, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

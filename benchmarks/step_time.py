@@ -56,7 +56,9 @@ def compare(engine: str, folder: Path, work: Path, rounds: int) -> dict[str, Any
     ours = Turns("benchmarks.step_time_ours", (folder, work, ours_engine))
     theirs = None
     try:
-        theirs = Turns("benchmarks.step_time_trl", (folder, work, trl_backend, rounds + 1), python=trl_python(), env=TRL_ENV)
+        theirs = Turns(
+            "benchmarks.step_time_trl", (folder, work, trl_backend, rounds + 1), python=trl_python(), env=TRL_ENV
+        )
         pairs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)]
     finally:
         ours.close()

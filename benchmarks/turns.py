@@ -13,8 +13,9 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -34,17 +35,21 @@ class Turns:
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[object], *, python: str = sys.executable, env: dict[str, str] | None = None
+        self,
+        module: str,
+        arguments: Sequence[object],
+        *,
+        python: str = sys.executable,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.module = module
+        common = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [python, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ
-            | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            | (env or {}),
+            env=os.environ | common | dict(env),
             cwd=ROOT,
         )
 
@@ -89,7 +94,7 @@ def answer(result: dict[str, Any]) -> None:
 
 
 def trl_python() -> str:
-    """TRL's environment, made at the first call: its own packages; torch, transformers and vLLM are those of this one."""
+    """TRL's environment, made at the first call: TRL alone; torch, transformers and vLLM are those of this one."""
     folder = ROOT / "cache" / "bench-trl"
     python = folder / "bin" / "python"
     if not (folder / ".done").exists():
