@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from dapo.data.processor import PromptProcessor
 from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
 from dapo.rewards.pool import RewardPool
+from dapo.rollout.engine import Begun
 from dapo.runtime.controller import Controller
 from dapo.runtime.generation import Text
 from dapo.runtime.workers import Worker
-from dapo.types import Prompt
+from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 MAX_TOKENS, GROUP, UPDATES = 48, 8, 4
 
@@ -33,11 +35,26 @@ def grade(response: str, answer: str) -> bool:
     return sum(response.encode()) % 2 == 0
 
 
-class Here(Worker):
-    """A worker in this process is the controller's policy and engine."""
+class Door:
+    """A worker's engine without Ray, as the controller asks for it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
+        return self.worker.engine.stream(prompts, params, begun)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        return self.worker.engine.generate(prompts, params)
 
     def restart(self) -> None:
-        self.restart_engine()
+        self.worker.restart_engine()
+
+    def sleep(self) -> None:
+        self.worker.sleep()
+
+    def wake(self) -> None:
+        self.worker.wake()
 
 
 def main() -> None:
@@ -48,7 +65,7 @@ def main() -> None:
         config = _config(engine, len(prompts), root)
         run = RunFolder.of(config)
         run.root.mkdir(parents=True)
-        worker = Here(config, rank=0, world=1)
+        worker = Worker(config, rank=0, world=1)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -59,7 +76,7 @@ def main() -> None:
             run,
             Journal(run.journal),
             worker,
-            worker,
+            Door(worker),
             rewards,
             prompts,
             prompts,

@@ -54,7 +54,7 @@ def main(folder: str, rank: str, port: str, engine: str, tensor_parallel: str, u
     for version in range(int(updates) + 1):
         worker.sync(version)
         params = replace(sampling(worker.processor, n=2), seed=version)
-        own = worker.generate(prompts[int(rank) // ranks :: replicas], params)
+        own = worker.engine.generate(prompts[int(rank) // ranks :: replicas], params)
         parts: list[Any] = [None] * WORLD
         torch.distributed.all_gather_object(parts, own)
         completions = [parts[ranks * (i % replicas)][i // replicas] for i in range(len(prompts))]
