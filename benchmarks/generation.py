@@ -1,11 +1,12 @@
 """Tokens per CPU second of generation: transformers' `generate()`, our light engine and vLLM, on the same prompts.
+Then whole training steps against TRL (`benchmarks.step_time`), light engine and vLLM.
 
-    python -m benchmarks.generation [--architecture moe] [--prompts 64] [--samples 8] [--folder FOLDER] [--json FILE]
+    python -m benchmarks.generation [--architecture moe] [--prompts 64] [--samples 8] [--no-trl] [--json FILE]
 
-All run in one process on one thread with the same weights, images, temperature and stop ids, and CPU seconds are those
-of the whole process, so that a busy machine does not disturb the comparison. `generate()` gets one padded batch and
-`num_return_sequences` (it encodes prompt and image once per sample) and returns no log-probabilities; the two engines
-do. First table: all responses have full length. Second table: they end by chance, as real ones do.
+The generators run in one process on one thread with the same weights, images, temperature and stop ids, and CPU seconds
+are those of the whole process, so that a busy machine does not disturb the comparison. `generate()` gets one padded
+batch and `num_return_sequences` (it encodes prompt and image once per sample) and returns no log-probabilities; the two
+engines do. First table: all responses have full length. Second table: they end by chance, as real ones do.
 
 The median of `--repeat` runs after one that is not counted is shown. `gap` is the largest difference of a returned
 log-probability to a plain transformers forward, in nats.
@@ -29,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+from benchmarks import step_time
 from dapo import torchvision_cpu
 from dapo.config.model import TinyModel
 from dapo.data import synthetic
@@ -174,11 +176,18 @@ def compare(
             gap = "" if out is None else f"{largest_gap(model, processor, prompts, out, 1.0):.1e}"
             print(f"{name:14}{tokens:8d}{seconds:9.3f}{rate:16,.0f}{rate / base:14.2f}{gap:>10}", flush=True)
             rows.append({"kind": kind, "engine": name, "tokens": tokens, "cpu_s": seconds, "tokens_per_cpu_s": rate})
+    for run in runs.values():
+        if isinstance(run, Engine):
+            run.engine.close()  # the steps against TRL need the memory
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--architecture", choices=["dense", "moe"], default="dense", help="of the random tiny model")
     parser.add_argument("--folder", type=Path, help="a Hugging Face folder instead of a random tiny model")
     parser.add_argument("--prompts", type=int, default=64)
@@ -186,7 +195,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-vllm", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--no-trl", action="store_true", help="leave out the whole steps against TRL")
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
     args = parser.parse_args()
     torchvision_cpu.install()
     with_vllm = not args.no_vllm and importlib.util.find_spec("vllm") is not None
@@ -197,8 +207,9 @@ def main() -> None:
             source = TinyModel(architecture=architecture, warmup_steps=0)
             folder = make_tiny(source, Path(made) / "model", lambda done, total, words: None)
         rows = compare(folder, args.prompts, args.samples, args.max_tokens, args.repeat, with_vllm)
+    steps = [] if args.no_trl else step_time.run(["light", "vllm"] if with_vllm else ["light"], args.repeat)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+        args.json.write_text(json.dumps({"tokens": rows, "steps": steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
