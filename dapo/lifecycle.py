@@ -140,6 +140,8 @@ def _retrain(arguments: argparse.Namespace) -> int:
     from flows.local import retrain_here
 
     config = io.load(arguments.config, arguments.overrides)
+    if not config.mlflow.registered_model:
+        raise ConfigError("retrain needs a registered model: add mlflow.registered_model=NAME, for example dapo-geo3k")
     parameters = {"config_path": arguments.config, "config": config}
     parameters |= {"because": arguments.because, "gate_overrides": arguments.gate}
     print(retrain_here(config, parameters))

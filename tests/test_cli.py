@@ -60,6 +60,10 @@ def test_importing_the_flow_loads_neither_torch_nor_ray():
     assert done.stdout.rstrip().endswith("[]"), done.stderr
 
 
+def test_retraining_of_no_model_is_refused_before_anything_starts(capsys):
+    assert "add mlflow.registered_model=NAME" in refused(capsys, "retrain", TINY)
+
+
 def test_typo_in_a_key_names_the_nearest(capsys):
     assert "unknown key train.stpes; did you mean 'steps'?" in refused(capsys, "run", TINY, "train.stpes=3")
 
