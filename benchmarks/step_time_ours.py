@@ -22,9 +22,9 @@ from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
 from dapo.rewards.pool import RewardPool
 from dapo.rollout.engine import Begun
+from dapo.runtime.actors import Trainer
 from dapo.runtime.controller import Controller
 from dapo.runtime.generation import Text
-from dapo.runtime.workers import Worker
 from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 MAX_TOKENS, GROUP, UPDATES = 48, 8, 4
@@ -38,7 +38,7 @@ def grade(response: str, answer: str) -> bool:
 class Door:
     """A worker's engine without Ray, as the controller asks for it."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Trainer) -> None:
         self.worker = worker
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
@@ -65,7 +65,7 @@ def main() -> None:
         config = _config(engine, len(prompts), root)
         run = RunFolder.of(config)
         run.root.mkdir(parents=True)
-        worker = Worker(config, rank=0, world=1)
+        worker = Trainer(config, rank=0, world=1)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

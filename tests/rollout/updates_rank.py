@@ -21,7 +21,7 @@ def main(folder: str, rank: str, port: str, engine: str, tensor_parallel: str, u
     torch.set_num_threads(1)
     from dapo.config import io
     from dapo.plan.packing import plan_packs
-    from dapo.runtime.workers import Worker
+    from dapo.runtime.actors import Trainer
     from dapo.types import TrainBatch, TrainGroup, TrainSequence
     from tests.rollout.small import make_prompts, sampling
 
@@ -45,7 +45,7 @@ def main(folder: str, rank: str, port: str, engine: str, tensor_parallel: str, u
             "batch": {"max_response_tokens": 24, "tokens_per_pack": 512},
         }
     )
-    worker = Worker(config, int(rank), WORLD)
+    worker = Trainer(config, int(rank), WORLD)
     worker.start(f"127.0.0.1:{port}", folder)
     prompts = make_prompts(worker.processor, 4)
     replicas = WORLD // ranks
