@@ -6,6 +6,7 @@ A bucket is some whole tensors side by side in one piece of memory, and a header
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -90,7 +91,8 @@ def send_weights(weights: Iterable[tuple[str, Tensor]], carrier: Carrier, limit:
             carrier.send(header, buffer)
             index += 1
     except BaseException as error:
-        carrier.send(Header(index, 0, failure=f"{type(error).__name__}: {error}"), carrier.buffer(0))
+        with contextlib.suppress(Exception):  # the other end may be what failed
+            carrier.send(Header(index, 0, failure=f"{type(error).__name__}: {error}"), carrier.buffer(0))
         raise
     carrier.send(Header(index, 0), carrier.buffer(0))
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout import ascend
 from dapo.rollout.engine import Begun, collected
+from dapo.rollout.same_host import CudaIpc, SharedMemory
 from dapo.rollout.told_experts import expert_layers
-from dapo.rollout.vllm_process import start_vllm, stop_vllm, weight_files
+from dapo.rollout.transport import Carrier, send_weights
+from dapo.rollout.vllm_process import start_vllm, stop_vllm
 from dapo.rollout.vllm_requests import Requests
 from dapo.rollout.vllm_worker import to_checkpoint_names
 from dapo.types import Completion, Finished, Prompt, SamplingParams
@@ -41,7 +43,8 @@ class VllmEngine:
         memory_share: of an accelerator's memory, for weights and cache.
         tensor_parallel: ranks that share this engine. Above 1 each of them makes one with the same arguments inside a
             running process group and gets the same requests (vLLM's external launcher).
-        separate_process: run the engine core in its own process; weights then go through shared memory.
+        separate_process: run the engine in processes of its own, one per tensor-parallel rank besides its core; this
+            process alone makes it. Weights then go through shared memory (CUDA: IPC).
         chunked_prefill: on accelerators; vLLM on CPU cannot, with a seed per request.
         max_images: per prompt.
         tell_experts: completions say which experts were chosen (`Completion.experts`); not on CPU.
@@ -109,7 +112,7 @@ class VllmEngine:
             arguments["limit_mm_per_prompt"] = {"image": max_images, "video": 0}
             arguments["mm_processor_cache_gb"] = 0
             arguments["skip_mm_profiling"] = self.platform == "cpu"
-        if tensor_parallel > 1:
+        if tensor_parallel > 1 and not separate_process:
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.platform == "cpu":
             arguments["kv_cache_memory_bytes"] = kv_cache_mib * 2**20
@@ -173,14 +176,12 @@ class VllmEngine:
         """
         if "weights" in self._asleep:
             self._wake("weights")
-        items = to_checkpoint_names(weights)
         try:
             self._rpc("dapo_begin_update", sorted(unchanged))
             if self._separate:
-                for path in weight_files(items, self._bucket_bytes()):
-                    self._rpc("dapo_load_file", path)
+                send_weights(weights, self._carrier(), self._bucket_bytes())
             else:
-                self._rpc("dapo_load", items)
+                self._rpc("dapo_load", to_checkpoint_names(weights))
             self._rpc("dapo_finish_update")
         except EngineError:
             raise
@@ -228,6 +229,14 @@ class VllmEngine:
     def _wake(self, part: str) -> None:
         self.llm.wake_up(tags=[part])
         self._asleep -= {part}
+
+    def _carrier(self) -> Carrier:
+        def deliver(header: bytes, place: bytes) -> None:
+            self._rpc("dapo_take", header, place)
+
+        if self.platform == "cuda":
+            return CudaIpc(torch.device("cuda", torch.cuda.current_device()), deliver)
+        return SharedMemory(deliver)
 
     def _bucket_bytes(self) -> int:
         """A sixteenth of the model, so that no rank holds much of it twice."""

@@ -6,24 +6,19 @@ import gc
 import logging
 import os
 import random
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dapo import torchvision_cpu
 from dapo.errors import ConfigError
+from dapo.rollout.same_host import SHARED_MEMORY, WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
-
-SHARED_MEMORY = Path("/dev/shm")
-WEIGHTS_FILE = "dapo-weights-"
-"""Prefix of files that carry weights to an engine in another process; the writer's process id follows."""
 
 
 def start_vllm(arguments: dict[str, Any], *, separate_process: bool) -> Any:
@@ -51,7 +46,8 @@ def start_vllm(arguments: dict[str, Any], *, separate_process: bool) -> Any:
 
 def stop_vllm(llm: Any, *, owns_process_group: bool) -> None:
     """End an engine. Its parallel groups go; the default process group only where vLLM made it."""
-    llm.llm_engine.engine_core.shutdown()
+    with nullcontext() if owns_process_group else _default_group_kept():
+        llm.llm_engine.engine_core.shutdown()
     from vllm.distributed import parallel_state
 
     groups: Any = parallel_state
@@ -59,6 +55,23 @@ def stop_vllm(llm: Any, *, owns_process_group: bool) -> None:
     if owns_process_group and torch.distributed.is_initialized():
         groups.destroy_distributed_environment()
     gc.collect()
+
+
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """vLLM's shutdown in a process (0.23 to 0.32) destroys the default process group, whoever made it."""
+    distributed: Any = torch.distributed
+    destroy = distributed.destroy_process_group
+
+    def destroy_a_named_one(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    distributed.destroy_process_group = destroy_a_named_one
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group = destroy
 
 
 @contextmanager
@@ -113,36 +126,3 @@ def _mapped_files() -> str:
         except OSError:
             continue  # ended meanwhile, or another user's
     return "".join(text)
-
-
-def weight_files(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[str]:
-    """Consecutive tensors, written to safetensors files in shared memory one after the other.
-
-    Args:
-        limit: bytes of tensors per file (a larger tensor goes alone).
-
-    Yields:
-        a path that exists until the next one is asked for.
-    """
-    from safetensors.torch import save_file
-
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    for bucket in _buckets(items, limit):
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{WEIGHTS_FILE}{os.getpid()}-") as file:
-            save_file(bucket, file.name)
-            yield file.name
-
-
-def _buckets(items: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors, on the host, of at most `limit` bytes together (a larger one goes alone)."""
-    bucket: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in items:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = {}, 0
-        # safetensors refuses tensors that share memory, as views of one fused tensor do.
-        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dapo.errors import EngineError
 from dapo.model.tensors import absolute_sum, fused_group
+from dapo.rollout.same_host import Opener
 
 _FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
@@ -116,6 +117,7 @@ class WorkerExtension:
         self._dapo_sums: dict[str, float] = {name: given[name] for name in unchanged}
         self._dapo_names: list[str] = []
         self._dapo_kept = unchanged
+        self._dapo_opener = Opener()
         self._dapo_kernels: list[tuple[Any, Any]] = []
         if self._dapo_on_cpu():
             # vLLM 0.32 on CPU takes a second load of experts for an update of packed weights and leaves them
@@ -136,12 +138,9 @@ class WorkerExtension:
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), torch.device(self.device):
             model.load_weights(self._dapo_noted(weights))
 
-    def dapo_load_file(self, path: str) -> None:
-        """Load the tensors of a safetensors file (in shared memory)."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            self.dapo_load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+    def dapo_take(self, header: bytes, place: bytes) -> None:
+        """Load the tensors of a bucket that another process of this machine offers, in transformers' layout."""
+        self.dapo_load(to_checkpoint_names(self._dapo_opener.tensors(header, place)))
 
     def dapo_finish_update(self) -> None:
         """Pack and transpose again, into the memory the running engine reads."""

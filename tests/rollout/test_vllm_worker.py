@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dapo.errors import EngineError
-from dapo.rollout.vllm_process import WEIGHTS_FILE, remove_stale_shared_memory, weight_files
-from dapo.rollout.vllm_worker import check_whole_groups, to_checkpoint_names, to_transformers_name
+from dapo.rollout.same_host import WEIGHTS_FILE, Opener, SharedMemory
+from dapo.rollout.transport import send_weights
+from dapo.rollout.vllm_process import remove_stale_shared_memory
+from dapo.rollout.vllm_worker import (
+    check_kept_groups,
+    check_whole_groups,
+    to_checkpoint_names,
+    to_transformers_name,
+)
 
 LAYER = "model.language_model.layers.3"
 
@@ -53,21 +59,48 @@ def test_a_partial_group_is_named(part: str, missing: str) -> None:
         check_whole_groups([n for n in names if n != f"{LAYER}.{part}"])
 
 
-def test_files_hold_at_most_the_limit_and_every_tensor_once() -> None:
-    tensors = {f"t{i}": torch.full((size,), float(i)) for i, size in enumerate((10, 10, 100, 5, 5, 30))}
-    tensors["view"] = tensors["t2"][20:40]  # safetensors refuses shared memory; a copy it takes
-    seen: dict[str, torch.Tensor] = {}
-    sizes, paths = [], []
-    for path in weight_files(tensors.items(), limit=4 * 50):
-        assert [Path(p).exists() for p in paths] == [False] * len(paths)
-        found = load_file(path)
+def test_buckets_arrive_through_shared_memory_and_leave_no_file() -> None:
+    tensors = {f"layers.{i}.weight": torch.full((size,), float(i)) for i, size in enumerate((10, 10, 100, 5, 5, 30))}
+    tensors["layers.6.weight"] = tensors["layers.2.weight"][20:40]  # a view of another
+    opener, seen, places = Opener(), dict[str, torch.Tensor](), []
+
+    def deliver(header: bytes, place: bytes) -> None:
+        found = dict(opener.tensors(header, place))
         assert not set(found) & set(seen)
-        seen |= found
-        sizes.append(sum(t.nbytes for t in found.values()))
-        paths.append(path)
-    assert not Path(paths[-1]).exists()
-    assert all(torch.equal(seen[name], tensor) for name, tensor in tensors.items())
-    assert sizes == [80, 400, 160, 80]
+        seen.update(found)
+        places.append(place.decode())
+        assert [Path(p).exists() for p in places if p] == [False] * (len(places) - 1) + [True] * bool(place)
+
+    send_weights(tensors.items(), SharedMemory(deliver), limit=4 * 50)
+    assert len(places) == 5  # four buckets and the end mark
+    assert not any(Path(p).exists() for p in places if p)
+    assert all(torch.equal(seen[name], tensor) for name, tensor in tensors.items())  # still mapped
+
+
+def test_a_shared_file_that_is_too_short_is_an_error() -> None:
+    opener = Opener()
+
+    def deliver(header: bytes, place: bytes) -> None:
+        if place:
+            os.truncate(place, 100)
+        list(opener.tensors(header, place))
+
+    with pytest.raises(EngineError, match=r"bucket 0 \(from a\.weight on\) holds 100 bytes, its tensors have 4032"):
+        send_weights([("a.weight", torch.ones(1000))], SharedMemory(deliver), limit=1)
+
+
+def test_shared_memory_that_is_full_is_an_error_and_not_a_dead_process() -> None:
+    with pytest.raises(EngineError, match=r"MiB of shared memory .*enlarge it"):
+        SharedMemory(lambda header, place: None).buffer(2**50)
+    assert not list(Path("/dev/shm").glob(f"{WEIGHTS_FILE}{os.getpid()}-*"))
+
+
+def test_a_module_of_which_a_part_was_kept_is_named() -> None:
+    check_kept_groups([f"{LAYER}.self_attn.q_proj.weight"], [f"{LAYER}.self_attn.o_proj.weight"])
+    with pytest.raises(EngineError, match=r"q_proj\.weight came without \S+k_proj\.weight.*whole modules"):
+        check_kept_groups([f"{LAYER}.self_attn.q_proj.weight"], [f"{LAYER}.self_attn.k_proj.weight"])
+    with pytest.raises(EngineError, match=r"norm\.weight came without \S+norm\.bias"):
+        check_kept_groups(["model.visual.merger.norm.weight"], ["model.visual.merger.norm.bias"])
 
 
 def test_only_what_no_living_process_uses_is_removed(tmp_path: Path) -> None:

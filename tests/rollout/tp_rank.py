@@ -35,10 +35,10 @@ def main(folder: str, rank: str, world: str, port: str, tensor_parallel: str) ->
         out = engine.generate(prompts, sampling(processor, n=2))
         gaps.append(largest_gap(trainer, processor, prompts, out, 0.8))
         ids.append([[one.token_ids for one in group] for group in out])
+    engine.close()
     total = torch.ones(1)
     torch.distributed.all_reduce(total)  # the trainer's own group still works
     sys.stdout.write("RESULT " + json.dumps({"gaps": gaps, "ids": ids, "ranks": int(total)}) + "\n")
-    engine.close()
     torch.distributed.destroy_process_group()
 
 
