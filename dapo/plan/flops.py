@@ -37,7 +37,8 @@ class ModelFlops:
         if family.endswith("_moe"):
             experts = text["num_experts_per_tok"] * text["moe_intermediate_size"]
             width = experts + (text.get("shared_expert_intermediate_size") or 0)
-            mlp = hidden * (3 * width + text["num_experts"])
+            # transformers 5 writes the second name, the hub's files have the first.
+            mlp = hidden * (3 * width + (text.get("num_experts") or text["num_local_experts"]))
         else:
             mlp = hidden * 3 * text["intermediate_size"]
         attention = hidden * head_dim * 2 * (heads + text["num_key_value_heads"])
