@@ -133,7 +133,7 @@ def simulate(finish_share: float, steps: int, seed: int = 0) -> Cost:
     prompts = [Prompt(str(i), (0,), (), (), answer, "") for i, answer in enumerate(answers)]
     engine = SimulatedEngine(seed)
     text = Text((), (), lambda many: [str(ids[0]) for ids in many])
-    generation = Generation(config, engine, Coin(), text, restarted=lambda _: None, phase=lambda *_: nullcontext())
+    generation = Generation(config, engine, Coin(), text, restart=lambda _: None, phase=lambda *_: nullcontext())
     sampling = DynamicSampling(config, prompts, generation)
     tokens = older = rounds = 0
     for step in range(steps):

@@ -123,8 +123,9 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Nothing to free: the cache lives for one `generate`, and the weights are small where this engine is used."""
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """See `sleep`."""
+        return False
 
     def close(self) -> None:
         self._weights.clear()

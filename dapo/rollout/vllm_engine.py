@@ -210,10 +210,12 @@ class VllmEngine:
         if freed <= 0:
             log.warning("the engine's sleep freed no memory; the trainer may run out of it")
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
+        slept = bool(self._asleep)
         for part in ("weights", "kv_cache"):
             if part in self._asleep:
                 self._wake(part)
+        return slept
 
     def close(self) -> None:
         """Stop the engine and give its memory back; a new one may be made in this process afterwards."""

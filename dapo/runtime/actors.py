@@ -67,8 +67,8 @@ class _Actor:
     def sleep(self) -> None:
         self.engine.sleep()
 
-    def wake(self) -> None:
-        self.engine.wake()
+    def wake(self) -> bool:
+        return self.engine.wake()
 
 
 class Trainer(_Actor):

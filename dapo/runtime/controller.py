@@ -32,18 +32,16 @@ from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
 from dapo.observe.metrics import speed_metrics, step_metrics
 from dapo.plan.packing import CostModel, plan_packs
-from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime import checkpoints
+from dapo.runtime.delivery import WeightDelivery
 from dapo.runtime.dynamic_sampling import DynamicSampling
 from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text
 from dapo.runtime.mirror import Mirror
-from dapo.runtime.proof import probe
 from dapo.train.policy import Policy, UpdateResult
 from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
-PROBE_PROMPTS = 4
 STOP_S = 10.0
 
 
@@ -78,8 +76,11 @@ class Controller:
         self.mirror = mirror
         self.policy, self.engine = policy, engine
         self.held_out = held_out
-        self.generation = Generation(config, engine, rewards, text, restarted=self.engine_restarted, phase=self.phase)
+        self.generation = Generation(config, engine, rewards, text, restart=self.restart_engine, phase=self.phase)
         self.sampling = DynamicSampling(config, prompts, self.generation, between_rounds=self.stop_if_asked)
+        self.delivery = WeightDelivery(
+            config, journal, policy, engine, held_out, lambda: self.generation.training(self.sampling.serial)
+        )
         self.health = Health(config.algorithm.alarms)
         self.kl = KlController(config.algorithm.kl)
         self.checkpoints = checkpoints.Checkpoints(
@@ -88,7 +89,6 @@ class Controller:
         self.at = Counters()
         self.seconds: dict[str, float] = defaultdict(float)
         self._recent: list[float] = []
-        self._probed: int | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
 
     # ---- the run ----------------------------------------------------------------------------------------------------
@@ -187,36 +187,18 @@ class Controller:
             try:
                 self.sampling.settle()
             except EngineError as error:
-                self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
-                self.engine.restart()
+                self.delivery.restart(self.at.step, error)
 
     # ---- around the step --------------------------------------------------------------------------------------------
 
     def sync(self) -> dict[str, float]:
         """Engine gets the weights, and proves it."""
         with self.phase("sync"):
-            self.engine.wake()
-            metrics = self.policy.sync(self.at.policy_version)
-            if self._probed is None or _due(self.at.step, self.config.rollout.probe_every):
-                metrics |= self.probe()
-        return metrics
+            return self.delivery.deliver(self.at.step, self.at.policy_version)
 
-    def probe(self) -> dict[str, float]:
-        """Stop where the engine computes something else than the trainer (`dapo.runtime.proof`)."""
-        gap = probe(
-            self.engine,
-            self.policy,
-            self.held_out[:PROBE_PROMPTS],
-            dataclasses.replace(self.generation.training(self.sampling.serial), n=1),
-            ranks=self.config.data_parallel,
-            tokens_per_pack=self.config.batch.tokens_per_pack,
-        )
-        rollout, dtype = self.config.rollout, self.config.model.compute_dtype
-        precision = dtype if rollout.dtype == "auto" else rollout.dtype
-        after = "the start" if self._probed is None else f"the sync of step {self.at.step}"
-        check_probe(gap, rollout.probe_tolerance or default_tolerance(precision), after=after)
-        self._probed = self.at.step
-        return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}
+    def restart_engine(self, error: EngineError) -> None:
+        self.delivery.restart(self.at.step, error)
+        self.sync()
 
     def validate(self) -> None:
         """Measure the policy on the held-out prompts."""
@@ -292,11 +274,6 @@ class Controller:
             raise RunStopped(
                 f"{self.folder.stop_request.name} was found: {self.folder.stop_request.read_text().strip()}"
             )
-
-    def engine_restarted(self, error: EngineError) -> None:
-        """A new engine holds the weights the run started from."""
-        self.journal.append("alarm", self.at.step, name="engine_restarted", message=str(error))
-        self.sync()
 
     @contextmanager
     def phase(self, name: str, done: int = 0, total: int = 0) -> Iterator[None]:

@@ -23,7 +23,7 @@ class EngineDoor(Protocol):
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
     def restart(self) -> None: ...
     def sleep(self) -> None: ...
-    def wake(self) -> None: ...
+    def wake(self) -> bool: ...
 
 
 class RewardDoor(Protocol):
@@ -89,7 +89,7 @@ class Generation:
     """One run's engine, grader and sampling parameters.
 
     Args:
-        restarted: called with the error after a dead engine was started again; gives it the current weights.
+        restart: called with the error of a dead engine; starts it again and gives it the current weights.
         phase: times what runs inside it under the given name.
     """
 
@@ -100,11 +100,11 @@ class Generation:
         rewards: RewardDoor,
         text: Text,
         *,
-        restarted: Callable[[EngineError], object],
+        restart: Callable[[EngineError], object],
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.config, self.engine, self.rewards, self.text = config, engine, rewards, text
-        self._restarted, self._phase = restarted, phase
+        self._restart, self._phase = restart, phase
         self.restarts_itself = True
         """False: a dead engine is the caller's to restart."""
         self.open: list[OpenGroup] = []
@@ -212,8 +212,7 @@ class Generation:
         for _ in range(self.config.rollout.restarts + 1):
             try:
                 if failure is not None:
-                    self.engine.restart()
-                    self._restarted(failure)
+                    self._restart(failure)
                 begun = [tuple(group.completions) for group in asked]
                 yield from self.engine.stream([group.prompt for group in asked], params, begun)
                 return

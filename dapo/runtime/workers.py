@@ -184,9 +184,8 @@ class RayEngine:
         if not self.workers.generators:
             self.workers.call("sleep")
 
-    def wake(self) -> None:
-        if not self.workers.generators:
-            self.workers.call("wake")
+    def wake(self) -> bool:
+        return not self.workers.generators and any(self.workers.call("wake"))
 
 
 class RayPolicy:

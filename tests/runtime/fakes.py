@@ -114,7 +114,8 @@ class ScriptedEngine:
 
     def sleep(self): ...
 
-    def wake(self): ...
+    def wake(self):
+        return False
 
 
 class Judge:

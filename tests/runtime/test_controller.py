@@ -240,6 +240,36 @@ def test_kl_in_reward_lowers_rewards_before_the_advantage(tmp_path):
 CORRECTED = {"correction": {"kind": "truncate"}}
 
 
+def test_an_engine_that_slept_proves_itself_in_every_step(tmp_path):
+    controller, _, folder = make(tmp_path, rollout={"probe_every": 0})
+    controller.engine.wake = lambda: controller.at.step > 1
+    assert controller.run() == "finished"
+    steps = [e for e in read(folder.journal) if e.kind == "step"]
+    assert ["engine/probe_mean" in e.data["metrics"] for e in steps] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_an_engine_beside_the_trainer_that_dies_in_a_sync_is_replaced_and_gets_everything(tmp_path, devices):
+    controller, policy, folder = make(tmp_path, rollout={"devices": devices})
+    sync, versions = policy.sync, []
+
+    def die_once(version):
+        versions.append(version)
+        if versions == [0, 1]:
+            raise EngineError("an engine left the group")
+        return sync(version)
+
+    policy.sync = die_once
+    if not devices:
+        with pytest.raises(EngineError, match="left the group"):
+            controller.run()
+        return
+    assert controller.run() == "finished"
+    assert versions == [0, 1, 1, 2, 3, 4]
+    assert controller.engine.restarts == 1
+    assert [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"] == ["engine_restarted"]
+
+
 def test_what_an_engine_had_written_when_it_died_is_kept(tmp_path):
     controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=(3,)))
     begun = []

@@ -1,0 +1,86 @@
+"""The engine gets the trainer's weights, and proves that it computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from dapo.config.run import RunConfig
+from dapo.errors import EngineError
+from dapo.observe.journal import Journal
+from dapo.rollout.checks import check_probe, default_tolerance
+from dapo.runtime.generation import EngineDoor
+from dapo.runtime.proof import probe
+from dapo.train.policy import Policy
+from dapo.types import Prompt, SamplingParams
+
+PROBE_PROMPTS = 4
+PROBE_TOKENS = 64
+
+
+class WeightDelivery:
+    """One run's syncs. Fingerprints are compared in each (`Policy.sync`); a log-prob probe follows at the start, every
+    `rollout.probe_every` steps, after each restart, and after each wake-up of an engine that slept.
+
+    Args:
+        held_out: the first `PROBE_PROMPTS` of them are asked.
+        sampling: how training samples now, so that temperature and banned ids are compared, too.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        journal: Journal,
+        policy: Policy,
+        engine: EngineDoor,
+        held_out: Sequence[Prompt],
+        sampling: Callable[[], SamplingParams],
+    ) -> None:
+        self.config, self.journal, self.policy, self.engine = config, journal, policy, engine
+        self.prompts, self.sampling = held_out[:PROBE_PROMPTS], sampling
+        self._proved = False
+
+    def deliver(self, step: int, version: int) -> dict[str, float]:
+        """One sync.
+
+        Returns:
+            its metrics, with the probe's where there was one.
+
+        Raises:
+            EngineError: a tensor did not arrive, or the engine computes something else than the trainer.
+        """
+        woke = self.engine.wake()
+        try:
+            metrics = self.policy.sync(version)
+        except EngineError as error:
+            if not self.config.rollout.devices:
+                raise
+            self.restart(step, error)
+            metrics = self.policy.sync(version)
+        every = self.config.rollout.probe_every
+        if woke or not self._proved or (every and step % every == 0):
+            metrics = metrics | self._prove(step)
+        return metrics
+
+    def restart(self, step: int, error: EngineError) -> None:
+        """Start the engine anew, because of `error`. It holds the weights the run started from: deliver next."""
+        self.journal.append("alarm", step, name="engine_restarted", message=str(error))
+        self.engine.restart()
+        self._proved = False
+
+    def _prove(self, step: int) -> dict[str, float]:
+        params = self.sampling()
+        gap = probe(
+            self.engine,
+            self.policy,
+            self.prompts,
+            replace(params, n=1, max_tokens=min(PROBE_TOKENS, params.max_tokens), finish_share=1.0),
+            ranks=self.config.data_parallel,
+            tokens_per_pack=self.config.batch.tokens_per_pack,
+        )
+        rollout, dtype = self.config.rollout, self.config.model.compute_dtype
+        precision = dtype if rollout.dtype == "auto" else rollout.dtype
+        after = f"the sync of step {step}" if step else "the start"
+        check_probe(gap, rollout.probe_tolerance or default_tolerance(precision), after=after)
+        self._proved = True
+        return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}
