@@ -18,7 +18,12 @@ from dapo.data.remote import content_key, fetch_folder, is_url
 from dapo.data.storage import Progress, quiet
 from dapo.errors import WeightsError
 
-SUPPORTED = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "Qwen3ForCausalLM")
+SUPPORTED = (
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 """Architectures (config.json) that the trainer and the engines know."""
 
 INDEX = "model.safetensors.index.json"

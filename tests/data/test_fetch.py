@@ -11,6 +11,7 @@ from dapo.data.fetch import INDEX, fetch_weights, verify_weights, weights_key
 from dapo.errors import WeightsError
 from tests.data.hub_server import Fault, Hub
 from tests.data.rows import write_files
+from tests.model.tiny import make_folder
 
 REPO = "Qwen/Qwen3-VL-Small"
 CONFIG = json.dumps({"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}).encode()
@@ -84,6 +85,12 @@ def test_file_deleted_from_the_cache_is_fetched_again_and_only_that(hub: Hub, tm
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert fetch_weights(hub_model(hub), tmp_path) == folder
     assert hub.bytes_sent("/cdn/*") - sent == len(SHARDED["model-00002-of-00002.safetensors"])
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "text", "text-moe"])
+def test_weights_of_every_architecture_that_is_trained_are_accepted(kind: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, kind)
+    assert fetch_weights(folder_model(folder), tmp_path / "cache") == folder
 
 
 def test_unsupported_architecture_is_refused_before_the_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
                 parameter.normal_(0, 0.15)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.float32
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     state = {name: p.detach() for name, p in model.named_parameters()}
     save_file(hub_tensors(state, kind), folder / "model.safetensors", metadata={"format": "pt"})
