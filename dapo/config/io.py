@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,23 @@ from pydantic import BaseModel, ValidationError
 
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError
+
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose only words for booleans are true and false, as in version 1.2: `kind: off` is a name, not False.
+
+    Fields that are booleans still take on, off, yes and no: pydantic reads these words.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [(tag, words) for tag, words in known if tag != _BOOL]
+        for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
@@ -58,7 +76,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(near)}" if near else ""
@@ -90,7 +108,7 @@ def _parse(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
         if not sign or not key:
             raise ConfigError(f"override {item!r} is not of the form key.subkey=value, for example train.steps=5")
         try:
-            out[key] = yaml.safe_load(text)
+            out[key] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from None
     return out

@@ -39,6 +39,27 @@ def test_another_kind_drops_the_old_variants_keys(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("word", ["off", '"off"', "'off'"])
+def test_the_correction_is_turned_off_by_its_name_quoted_or_not(tmp_path, word):
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text("algorithm: {correction: {kind: mask, low: 0.1}}")
+    child.write_text(f"extends: base.yaml\nalgorithm:\n  correction:\n    kind: {word}")
+    assert io.load(child).algorithm.correction.kind == "off"
+    assert io.load(base, [f"algorithm.correction.kind={word}"]).algorithm.correction.kind == "off"
+    assert io.load(base).algorithm.correction.kind == "mask"
+
+
+@pytest.mark.parametrize(
+    ("word", "means"),
+    [("true", True), ("False", False), ("on", True), ("off", False), ("yes", True), ("no", False)],
+)
+def test_a_boolean_is_written_in_any_of_its_words(tmp_path, word, means):
+    base = tmp_path / "base.yaml"
+    base.write_text(f"model: {{freeze_vision: {word}}}")
+    assert io.load(base).model.freeze_vision is means
+    assert io.load(base, [f"rollout.eager={word}"]).rollout.eager is means
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
