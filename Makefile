@@ -60,4 +60,4 @@ $(VENV)/.s3: $(VENV)/.light requirements/s3.lock
 	@touch $@
 
 clean: ## Remove the environment, caches and runs
-	@rm -rf $(VENV) cache runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) cache runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache .benchmarks build *.egg-info

@@ -182,7 +182,7 @@ class AlgorithmConfig(Frozen):
     alarms: AlarmConfig = AlarmConfig()
 
     @model_validator(mode="after")
-    def _clip_cov_is_token_level(self) -> AlgorithmConfig:
+    def _gspo_takes_a_mean(self) -> AlgorithmConfig:
         if self.loss.kind == "gspo" and self.aggregation == "token-sum":
             raise ValueError("algorithm.loss.kind=gspo needs a sequence or token mean; token-sum has no meaning for it")
         return self
