@@ -27,8 +27,9 @@ class Event:
     """One line.
 
     `data` by kind:
-        started: run_id, attempt, resumed_from (step or null), total_steps, derived, mlflow_run_id (or null)
-        progress: phase (loading | generate | logprobs | update | sync | validate | checkpoint), done, total (counts)
+        started: run_id, attempt, total_steps, derived (numbers that follow from the configuration)
+        progress: phase (loading | generate | reward | logprobs | update | wait_for_engine | sync | validate |
+            checkpoint), done, total (counts)
         step: metrics {name: number} (docs/metrics.md), seconds_left (estimate)
         validation: metrics {name: number}, table (path of samples, relative to the run folder)
         checkpoint: path (relative), metrics, best (bool), seconds (until it was whole), waited (of these, by training)

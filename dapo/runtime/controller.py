@@ -43,6 +43,7 @@ from dapo.types import Prompt, RolloutGroup
 log = logging.getLogger(__name__)
 
 STOP_S = 10.0
+_BETWEEN_STEPS = ("checkpoint", "validate")
 
 
 @dataclass
@@ -128,6 +129,7 @@ class Controller:
     def step(self) -> None:
         """One step of DAPO (algorithm 1 of the paper, lines 3 to 12)."""
         started = time.perf_counter()
+        between = {name: self.seconds[name] for name in _BETWEEN_STEPS if name in self.seconds}
         self.seconds.clear()
         at = self.at
         groups, sampled = self.collect_groups()
@@ -171,7 +173,7 @@ class Controller:
         seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
         speed = speed_metrics(groups, seconds, self.config.devices)
         state = {"train/kl_coef": self.kl.coef, "groups/unfinished": len(self.generation.open)}
-        self.finish_step(metrics | sync | speed | state, seconds)
+        self.finish_step(metrics | sync | speed | state, seconds | between)
 
     def collect_groups(self) -> tuple[list[RolloutGroup], SamplingReport]:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""

@@ -364,3 +364,14 @@ def test_an_engine_that_dies_ahead_of_its_step_is_restarted_when_the_trainer_has
     assert alarms == ["engine_restarted"]
     assert sorted(policy.trained[0]) == sorted(healthy_policy.trained[0])
     assert len(policy.trained) == 8
+
+
+def test_time_between_two_steps_is_told_with_the_later_one(tmp_path):
+    controller, _, folder = make(tmp_path, train={"steps": 4, "test_freq": 1, "save_freq": 2})
+    controller.run()
+    timed = {e.step: set(e.data["metrics"]) for e in read(folder.journal) if e.kind == "step"}
+    assert {step for step, names in timed.items() if "time/validate" in names} == {1, 2, 3, 4}
+    assert {step for step, names in timed.items() if "time/checkpoint" in names} == {3}
+    assert not any(
+        name.startswith("time/ms_per_token/") for name in timed[3] if name.endswith(("validate", "checkpoint"))
+    )
