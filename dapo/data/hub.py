@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
-from dapo.data import transfer
+from dapo.data.retry import ATTEMPTS, pause, short
 from dapo.data.storage import Progress, exclusive, quiet, room_on
-from dapo.data.transfer import RemoteFile, Transfer
+from dapo.data.transfer import RemoteFile, Transfer, is_transport
 from dapo.errors import DapoError, DataError, WeightsError
 
 log = logging.getLogger(__name__)
@@ -165,9 +165,9 @@ class HubRepo:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         reason = ""
-        for attempt in range(transfer.ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             if attempt:
-                transfer.pause(attempt, f"{self.repo}: {reason}", threading.Event())
+                pause(attempt, f"{self.repo}: {reason}", threading.Event())
             try:
                 return request()
             except HfHubHTTPError as error:
@@ -175,10 +175,10 @@ class HubRepo:
             except HFValidationError as error:
                 raise self.error(f"{self.kind} repository {self.repo!r}: {error}; it is written org/name") from None
             except Exception as error:
-                if not transfer.is_transport(error):
+                if not is_transport(error):
                     raise
-                reason = f"{self.endpoint} cannot be reached ({transfer.short(error)})"
-        raise _Unreachable(f"{reason}, {transfer.ATTEMPTS} attempts")
+                reason = f"{self.endpoint} cannot be reached ({short(error)})"
+        raise _Unreachable(f"{reason}, {ATTEMPTS} attempts")
 
     def _reason(self, error: Any) -> str:
         """Why a request failed, where it may succeed later; raises where it will not."""
@@ -196,7 +196,7 @@ class HubRepo:
             raise self.error(f"{self.kind} {self.repo} has no branch, tag or commit {self.revision!r}") from None
         status = error.response.status_code
         if status < 500 and status not in (408, 429):
-            raise self.error(f"{self.endpoint} refuses {self.kind} {self.repo}: {transfer.short(error)}") from None
+            raise self.error(f"{self.endpoint} refuses {self.kind} {self.repo}: {short(error)}") from None
         return f"{self.endpoint} answers {status}"
 
     # fetching

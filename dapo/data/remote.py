@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from dapo.data.retry import attempt, short
 from dapo.data.storage import Progress, exclusive, quiet, require_room, room_on, written_whole
 from dapo.errors import DapoError, EnvironmentCheckError
 
-ATTEMPTS = 4
-FIRST_WAIT_S = 1.0
 PROBE_S = 30.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 # What tells one version of an object from another, as the drivers name it; the first that is there.
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,35 +111,6 @@ class RemoteFolder:
 
 def is_url(place: str) -> bool:
     return "://" in place
-
-
-def attempt(doing: Callable[[], T], what: str, stop: threading.Event | None = None) -> T:
-    """Call it, again after a growing pause where it fails; the last failure is raised.
-
-    Args:
-        doing: may be repeated.
-        what: for the log.
-        stop: set: no further attempt.
-    """
-    stop = stop or threading.Event()
-    for failures in range(1, ATTEMPTS + 1):
-        try:
-            return doing()
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every driver has its own kinds (botocore's are no OSErrors); the answer is one
-            if failures == ATTEMPTS or stop.is_set():
-                raise
-            wait = FIRST_WAIT_S * 4 ** (failures - 1)
-            log.warning("%s failed (%s); attempt %d of %d in %.0f s", what, short(error), failures + 1, ATTEMPTS, wait)
-            stop.wait(wait)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def short(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def fetch_folder(url: str, cache: Path, key: str, error: type[DapoError], progress: Progress = quiet) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -12,15 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapo.data.retry import ATTEMPTS, pause, short
 from dapo.data.storage import Progress, require_room, sha256_of
 from dapo.errors import DapoError
 
-log = logging.getLogger(__name__)
-
-ATTEMPTS = 5
-"""Per request and per file; a file's attempts start anew whenever bytes arrive."""
-FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled for each further one."""
 _FILES_AT_ONCE = 4
 
 
@@ -161,19 +155,6 @@ def is_transport(error: Exception) -> bool:
     """Whether an exception is about the connection."""
     # huggingface_hub 1 raises httpx's exceptions, huggingface_hub 2 httpx2's: same names, other modules.
     return any(base.__name__ == "TransportError" for base in type(error).__mro__)
-
-
-def short(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-def pause(failures: int, why: str, stop: threading.Event) -> None:
-    """Waits before the next attempt, and says so."""
-    wait = FIRST_WAIT_S * 2 ** (failures - 1)
-    log.warning("%s; attempt %d of %d in %.1f s", why, failures + 1, ATTEMPTS, wait)
-    stop.wait(wait)
 
 
 def _begun(part: Path, size: int) -> int:

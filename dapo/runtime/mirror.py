@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dapo.data.remote import RemoteFolder, attempt, short
+from dapo.data.remote import RemoteFolder
+from dapo.data.retry import attempt, short
 from dapo.errors import CheckpointError, ConfigError
 from dapo.observe.layout import REGISTERED, RunFolder
 from dapo.runtime import checkpoints

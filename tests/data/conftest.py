@@ -30,9 +30,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub of our own; the client's local cache is an empty folder, so that the developer's is not touched."""
     from huggingface_hub import constants
 
-    import dapo.data.transfer
+    import dapo.data.retry
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "client-cache"))
-    monkeypatch.setattr(dapo.data.transfer, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(dapo.data.retry, "FIRST_WAIT_S", 0.01)
     with running_hub() as running:
         yield running

@@ -4,7 +4,7 @@ import pytest
 
 from dapo.config.data import DataConfig
 from dapo.config.model import FolderModel
-from dapo.data import remote
+from dapo.data import remote, retry
 from dapo.data.fetch import fetch_weights, weights_key
 from dapo.data.prepare import data_key, prepare, read_manifest
 from dapo.data.remote import RemoteFolder, fetch_folder, probe
@@ -16,7 +16,7 @@ from tests.storages import S3, s3_folder
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
 
 
 def upload(folder, url):

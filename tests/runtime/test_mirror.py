@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo.data import remote
+from dapo.data import retry
 from dapo.data.remote import RemoteFolder
 from dapo.errors import CheckpointError, ConfigError
 from dapo.observe.journal import Journal, read
@@ -25,7 +25,7 @@ from tests.storages import S3, s3_folder, s3_variables
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
 
 
 def folder_of(place: Path) -> RunFolder:
