@@ -14,6 +14,7 @@ from prefect import flow
 from dapo.errors import ConfigError
 from dapo.eval.comparison_page import page_name
 from dapo.eval.runs import store
+from flows.recovery import begin, come_back
 from tasks.compare import compare as compare_runs
 
 
@@ -22,7 +23,7 @@ def run_name() -> str:
     return f"compare-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 
-@flow(name="compare", flow_run_name=run_name, persist_result=False)
+@flow(name="compare", flow_run_name=run_name, persist_result=False, on_crashed=[come_back])
 def compare(runs: list[str], tracking_uri: str | None = None, run_root: str = "runs") -> str:
     """Compare runs: what differs, metrics at equal steps, responses and device-hours, paired intervals, cost.
 
@@ -34,6 +35,7 @@ def compare(runs: list[str], tracking_uri: str | None = None, run_root: str = "r
     Returns:
         The page.
     """
+    begin()
     if len(runs) < 2:
         raise ConfigError(f"a comparison needs at least two runs, got {len(runs)}")
     page = Path(run_root).resolve() / "comparisons" / page_name(runs)

@@ -13,16 +13,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from prefect import Flow, flow
-from prefect.client.schemas.objects import FlowRun, State
+from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError
 from dapo.runtime.training import already_finished
+from flows.cancellation import stop_job
+from flows.parameters import DEFAULT_PATH, Overrides, configured, resolve
 from flows.recovery import begin, come_back, wait_for_server
 from tasks import inputs
 from tasks.cached import CachedStage
@@ -33,26 +33,6 @@ from tasks.report import report
 from tasks.train import stop_running_job, stopped, train
 from tasks.validate_environment import validate_environment
 from tasks.watch import cancelled, interrupted_when_cancelled
-
-Overrides = dict[str, Any] | list[str] | None
-CONFIGURATION = ("config_path", "overrides", "config")
-"""Names of the parameters that say what to train."""
-_DEFAULT_PATH = "configs/geo3k_tiny.yaml"
-
-
-def resolve(config_path: str, overrides: Overrides = None, config: RunConfig | None = None) -> RunConfig:
-    """The configuration that the flow's parameters mean; raises ConfigError."""
-    if config is None:
-        return io.load(config_path, overrides or ())
-    return io.override(config, overrides or ())
-
-
-def configured(parameters: dict[str, Any]) -> RunConfig:
-    """What a flow run's parameters mean, as Prefect keeps them: plain values, and only those that were given."""
-    given = {"config_path": _DEFAULT_PATH} | parameters
-    if given.get("config") is not None:
-        given["config"] = RunConfig.model_validate(given["config"])
-    return resolve(**given)
 
 
 def run_name() -> str:
@@ -67,13 +47,8 @@ def run_name() -> str:
     return f"{Path(model).name}-{config.name}-{config.data.source.kind}-{now}"
 
 
-def stop_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """On cancellation, in a process of the worker's: the flow's own may have been killed before it stopped the job."""
-    stop_running_job(configured(flow_run.parameters))
-
-
 @flow(name="dapo", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_job], on_crashed=[come_back])
-def dapo(config_path: str = _DEFAULT_PATH, overrides: Overrides = None, config: RunConfig | None = None) -> Any:
+def dapo(config_path: str = DEFAULT_PATH, overrides: Overrides = None, config: RunConfig | None = None) -> Any:
     """Train a vision-language model with DAPO.
 
     Args:

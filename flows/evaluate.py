@@ -13,7 +13,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from dapo.config.run import RunConfig
-from flows.dapo import Overrides, resolve
+from flows.parameters import DEFAULT_PATH, Overrides, resolve
+from flows.recovery import begin, come_back
 from tasks import inputs
 from tasks.cached import CachedStage
 from tasks.evaluate import evaluate as evaluate_model
@@ -25,10 +26,10 @@ def run_name() -> str:
     return f"{Path(flow_run.parameters['model']).name}-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 
-@flow(name="evaluate", flow_run_name=run_name, persist_result=False)
+@flow(name="evaluate", flow_run_name=run_name, persist_result=False, on_crashed=[come_back])
 def evaluate(
     model: str = "base",
-    config_path: str = "configs/geo3k_tiny.yaml",
+    config_path: str = DEFAULT_PATH,
     overrides: Overrides = None,
     config: RunConfig | None = None,
     data: str | None = None,
@@ -47,6 +48,7 @@ def evaluate(
         The evaluation's folder.
     """
     run = resolve(config_path, overrides, config)
+    begin()
     try:
         prepared = data or CachedStage(prepare_dataset, run.data).result()
         return evaluate_model(run, model, prepared, Path(model).name)

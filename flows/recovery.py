@@ -31,6 +31,7 @@ from prefect.runtime import flow_run as this_run
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from dapo.runtime import processes
+from flows.cancellation import HOOKS
 from tasks.outage import patiently
 from tasks.progress import best_effort
 
@@ -106,7 +107,7 @@ def _close(client: SyncPrefectClient, run: FlowRun) -> None:
     _close_task_runs(client, run)
     assert run.state is not None, "an active flow run has a state"
     if run.state.is_cancelling():
-        _run_cancellation_hooks(client, run)
+        _run_cancellation_hook(client, run)
         client.set_flow_run_state(run.id, Cancelled(message=_WHY), force=True)
         return
     client.set_flow_run_state(run.id, Crashed(message=_WHY), force=True)
@@ -133,16 +134,11 @@ def _schedule_again(client: SyncPrefectClient, run: FlowRun) -> None:
     client.set_flow_run_state(run.id, later, force=True)
 
 
-def _run_cancellation_hooks(client: SyncPrefectClient, run: FlowRun) -> None:
+def _run_cancellation_hook(client: SyncPrefectClient, run: FlowRun) -> None:
     """What the worker would have done: a cancelled flow run must not leave its job behind."""
-    from flows import dapo, retrain
-
-    assert run.state is not None, "an active flow run has a state"
-    name = client.read_flow(run.flow_id).name
-    for flow in (dapo.dapo, retrain.retrain):
-        if flow.name == name:
-            for hook in flow.on_cancellation_hooks:
-                best_effort(hook, flow, run, run.state)
+    flow = client.read_flow(run.flow_id)
+    if hook := HOOKS.get(flow.name):
+        best_effort(hook, flow, run, run.state)
 
 
 def _boot() -> str:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
-from prefect import Flow, flow, get_run_logger
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import FlowPauseTimeout, TerminationSignal
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
@@ -29,19 +28,22 @@ from dapo.config.run import RunConfig
 from dapo.errors import ConfigError
 from dapo.eval.gate import GateConfig
 from dapo.eval.models import BASE, checkpoint_of
-from dapo.eval.retrain import Split, measuring_config, training_config
+from dapo.eval.retrain import Split, measuring_config, require_split, training_config
 from dapo.observe.layout import RunFolder
 from dapo.observe.registry import Registry
 from dapo.observe.shipper import tracking_uri
-from flows.dapo import CONFIGURATION, Overrides, configured, dapo, resolve
+from flows.cancellation import retraining_file, stop_training
+from flows.dapo import dapo
+from flows.parameters import DEFAULT_PATH, Overrides, resolve
 from flows.recovery import begin, come_back, wait_for_server
+from tasks.cached import CachedStage
 from tasks.decide import decide
 from tasks.evaluate import evaluate
 from tasks.find_reason import find_reason
+from tasks.prepare_dataset import prepare_dataset
 from tasks.progress import artifact_key, best_effort
 from tasks.promote import promote
 from tasks.register import register
-from tasks.train import stop_running_job
 from tasks.watch import cancelled, interrupted_when_cancelled
 
 
@@ -60,15 +62,6 @@ def run_name() -> str:
     return f"{name}-{given['because'] or 'if-changed'}-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 
-def stop_training(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """On cancellation: the subflow that trains does not know that its parent was cancelled."""
-    given = {name: flow_run.parameters[name] for name in CONFIGURATION if name in flow_run.parameters}
-    config = configured(given)
-    place = _place(config, str(flow_run.id))
-    if place.is_file():
-        stop_running_job(RunConfig.model_validate(json.loads(place.read_text())["training"]))
-
-
 @flow(
     name="retrain",
     flow_run_name=run_name,
@@ -77,7 +70,7 @@ def stop_training(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     on_crashed=[come_back],
 )
 def retrain(
-    config_path: str = "configs/geo3k_tiny.yaml",
+    config_path: str = DEFAULT_PATH,
     overrides: Overrides = None,
     config: RunConfig | None = None,
     because: str = "",
@@ -108,7 +101,8 @@ def retrain(
     if not name:
         raise ConfigError("retrain needs a registered model: set mlflow.registered_model, for example to dapo-geo3k")
     begin()
-    begun = _begin(run, because)
+    measuring = measuring_config(run, gate_split, gate_overrides or ())
+    begun = _begin(run, because, measuring.data.validation_split)
     best_effort(create_markdown_artifact, f"{name}: {begun.reason}", key=artifact_key("reason", name))
     if begun.training is None:
         return f"skipped: {begun.reason}"
@@ -121,7 +115,6 @@ def retrain(
 
     folder = RunFolder.of(training)
     checkpoint = str(checkpoint_of(folder.root))
-    measuring = measuring_config(run, gate_split, gate_overrides or ())
     data = str(json.loads(folder.inputs.read_text())["data"])
     try:
         with interrupted_when_cancelled():
@@ -176,15 +169,17 @@ class _Begun:
     """None: there was no reason to train."""
 
 
-def _begin(run: RunConfig, because: str) -> _Begun:
+def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     """The reason and the training's configuration, remembered per flow run."""
-    place = _place(run, str(flow_run.id))
+    place = retraining_file(run, str(flow_run.id))
     if place.is_file():
         told = json.loads(place.read_text())
         return _Begun(told["reason"], told["champion"], RunConfig.model_validate(told["training"]))
     train, reason, version = find_reason(run, because)
     if not train:
         return _Begun(reason, version, None)
+    # Now, for after days of training it would be too late; the training finds the same data prepared.
+    require_split(Path(CachedStage(prepare_dataset, run.data).result()), split)
     name = run.mlflow.registered_model or ""
     champion = Registry(tracking_uri(run), name).require(version) if version is not None else None
     training = training_config(run, champion, str(flow_run.id).replace("-", "")[:8])
@@ -192,7 +187,3 @@ def _begin(run: RunConfig, because: str) -> _Begun:
     told = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
     place.write_text(json.dumps(told, indent=1))
     return _Begun(reason, version, training)
-
-
-def _place(run: RunConfig, flow_run_id: str) -> Path:
-    return Path(run.run_root).resolve() / "retrain" / f"{flow_run_id}.json"

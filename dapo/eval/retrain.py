@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dapo.config import io
 from dapo.config.model import FolderModel
 from dapo.config.run import RunConfig
+from dapo.data.prepare import read_manifest
+from dapo.errors import DataError
 from dapo.observe.registry import ModelVersion
 
 Split = Literal["validation", "test"]
@@ -73,3 +76,15 @@ def measuring_config(
     """
     other: Split = "validation" if config.data.validation_split == "test" else "test"
     return io.override(io.override(config, {"data.validation_split": split or other}), overrides)
+
+
+def require_split(data: Path, split: Split) -> None:
+    """Refuse prepared data that lack the split on which champion and challenger are compared; raises DataError."""
+    counts = {name: count["rows"] for name, count in read_manifest(data)["splits"].items()}
+    if not counts.get(split):
+        there = ", ".join(f"{name} ({rows} rows)" for name, rows in counts.items())
+        raise DataError(
+            f"retrain compares models on the split {split}, in which {data} has no rows; it has {there}. "
+            "Add it to the data set, or compare on the split that training validates on (gate_split; by command --gate "
+            "data.validation_split=...), though the challenger's luck there counts"
+        )

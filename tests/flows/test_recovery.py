@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling, Pending, Running
 
 from dapo.config import io
+from dapo.errors import ConfigError
 from dapo.observe.journal import follow
 from dapo.observe.layout import RunFolder
 from dapo.runtime import processes
@@ -86,6 +88,41 @@ def test_flow_run_of_a_deployment_comes_back_so_many_times(dead):
         recovery.sweep()
         assert client.read_flow_run(first).state.name == "AwaitingRetry"
         assert client.read_flow_run(last).state.name == "Crashed"
+
+
+@pytest.mark.parametrize("name", ["compare", "evaluate"])
+def test_flows_without_a_job_say_where_their_process_is_and_come_back_too(name, tmp_path):
+    """Each is ended by its parameters, right after it began."""
+    config = io.validate(standin_tree(tmp_path, "any"))
+    wrong = {
+        "compare": {"runs": ["one"]},
+        "evaluate": {"config": config, "model": "no such model", "data": str(tmp_path)},
+    }
+    one = flow_of(name)
+    assert one.on_crashed_hooks == [recovery.come_back]
+    state = one(**wrong[name], return_state=True)
+    assert state.is_failed()
+    with pytest.raises(ConfigError):
+        state.result()
+    with get_client(sync_client=True) as client:
+        told = client.read_flow_run(state.state_details.flow_run_id).labels[recovery.LABEL]
+    assert told == place(processes.look(os.getpid()))[recovery.LABEL]
+
+
+def test_cancelled_flow_run_without_a_process_gets_its_flow_s_hook(dead, monkeypatch):
+    called = []
+    monkeypatch.setitem(recovery.HOOKS, "any", lambda flow, run, state: called.append((run.id, state.name)))
+    with get_client(sync_client=True) as client:
+        run = running(client, state=Cancelling)
+        client.update_flow_run_labels(run, place(dead))
+    recovery.sweep()
+    assert called == [(run, "Cancelling")]
+    trains = ("dapo", "retrain")
+    assert {name: flow_of(name).on_cancellation_hooks for name in trains} == {n: [recovery.HOOKS[n]] for n in trains}
+
+
+def flow_of(name):
+    return getattr(importlib.import_module(f"flows.{name}"), name)
 
 
 @pytest.fixture

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from uuid import UUID
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dapo.config import io
+from dapo.errors import DataError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.registry import CHALLENGER, CHAMPION, Registry
 from dapo.observe.shipper import tracking_uri
@@ -173,3 +176,25 @@ def say_no():
         while not (runs := client.read_flow_runs(flow_run_filter=waiting)):
             time.sleep(0.5)
         client.resume_flow_run(runs[0].id, run_input={"decision": "keep the champion", "note": "not on a Friday"})
+
+
+def test_without_the_split_of_the_comparison_nothing_is_trained(config, tmp_path):
+    from dapo.data.prepare import prepare
+
+    made = prepare(config.data, Path(config.data.cache_dir))
+    rows = pq.read_table(made / "train.parquet").to_pylist()
+    source = {"kind": "folder", "path": str(tmp_path / "source")}
+    (tmp_path / "source").mkdir()
+    table = pa.table(
+        {
+            "images": [[image["bytes"] for image in row["images"]] for row in rows],
+            "problem": [row["extra_info"]["question"] for row in rows],
+            "answer": [row["extra_info"]["answer"] for row in rows],
+        }
+    )
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / "source" / f"{split}.parquet")
+    two = io.override(config, {"data.source": source, "run_root": str(tmp_path / "runs")})
+    with pytest.raises(DataError, match=r"on the split validation, in which .* has no rows; it has train \(64 rows\)"):
+        retrain(two)
+    assert not list(Path(two.run_root).glob("*/config.yaml")), "no run began"

@@ -1,0 +1,37 @@
+"""What a cancelled flow run must not leave behind: `on_cancellation` of the flows that train.
+
+Called in a process of the worker's, for the flow's own may have been killed before it stopped its job; and by whoever
+finds such a flow run without a process (`flows.recovery`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prefect.client.schemas.objects import FlowRun
+
+from dapo.config.run import RunConfig
+from flows.parameters import configured
+from tasks.train import stop_running_job
+
+
+def stop_job(flow: object, flow_run: FlowRun, state: object) -> None:
+    """Of `dapo`."""
+    stop_running_job(configured(flow_run.parameters))
+
+
+def stop_training(flow: object, flow_run: FlowRun, state: object) -> None:
+    """Of `retrain`: the subflow that trains does not know that its parent was cancelled."""
+    place = retraining_file(configured(flow_run.parameters), str(flow_run.id))
+    if place.is_file():
+        stop_running_job(RunConfig.model_validate(json.loads(place.read_text())["training"]))
+
+
+def retraining_file(run: RunConfig, flow_run_id: str) -> Path:
+    """JSON: what a flow run of `retrain` set out with, `reason`, `champion` and `training` (a configuration)."""
+    return Path(run.run_root).resolve() / "retrain" / f"{flow_run_id}.json"
+
+
+HOOKS = {"dapo": stop_job, "retrain": stop_training}
+"""By the flow's name."""
