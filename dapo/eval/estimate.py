@@ -1,4 +1,4 @@
-"""What samples say about a policy: mean@k, pass@k, best, worst and majority of k, intervals, paired differences."""
+"""What samples say about a policy: pass@k, majority of k, resampling, intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -56,33 +56,6 @@ def majority(votes: Sequence[Hashable], row: Sequence[int]) -> int:
     """Index of the first item whose vote is the most frequent of a row; of equal votes the one seen first."""
     winner = Counter(votes[i] for i in row).most_common(1)[0][0]
     return next(i for i in row if votes[i] == winner)
-
-
-def sample_estimates(
-    values: Sequence[float], votes: Sequence[Hashable] | None = None, *, resamples: int = 1000, seed: int = 42
-) -> dict[str, float]:
-    """One prompt's N samples: `mean@N`, `std@N`, and bootstrapped best, worst and (with votes) majority of k.
-
-    Returns:
-        For N > 1, k over the powers of two below N and N itself: `best@k/mean`, `best@k/std`, `worst@k/...`: the
-        largest and smallest of k values; `maj@k/...`: the value of the sample that the majority of votes elects.
-    """
-    n = len(values)
-    estimates = {f"mean@{n}": float(np.mean(values))}
-    if n == 1:
-        return estimates
-    estimates[f"std@{n}"] = float(np.std(values))
-    reducers: dict[str, Reducer] = {
-        "best": lambda row: max(values[i] for i in row),
-        "worst": lambda row: min(values[i] for i in row),
-    }
-    if votes is not None:
-        reducers["maj"] = lambda row: values[majority(votes, row)]
-    for k in powers_of_two_to(n):
-        found = bootstrap(n, k, list(reducers.values()), resamples=resamples, seed=seed)
-        for name, (mean, std) in zip(reducers, found, strict=True):
-            estimates |= {f"{name}@{k}/mean": mean, f"{name}@{k}/std": std}
-    return estimates
 
 
 def powers_of_two_to(n: int) -> list[int]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Literal
 
 from dapo.algo.groups import SamplingReport, Stage
 from dapo.types import RolloutGroup
-
-Reduction = Literal["mean", "sum", "min", "max"]
 
 # Of these one number of the updates is the step's; all others are means weighted by the updates' trained tokens.
 _SUMMED = ("tokens", "empty_update", "skipped")
@@ -136,36 +133,8 @@ def describe(values: Sequence[float]) -> dict[str, float]:
     return {"mean": math.fsum(values) / len(values), "max": float(max(values)), "min": float(min(values))}
 
 
-def reduce_values(values: Sequence[Sequence[Sequence[float]]], how: Reduction, *, per_update: bool) -> float:
-    """One number of `values[update][rank][micro_batch]`.
-
-    Args:
-        per_update: reduce within each update (a sum over micro-batches is averaged over ranks) and average the updates;
-            False: reduce all values at once.
-    """
-    if not per_update:
-        return _REDUCE[how]([value for update in values for rank in update for value in rank])
-    if how == "sum":
-        totals = [_mean([math.fsum(rank) for rank in update]) for update in values]
-    else:
-        totals = [_REDUCE[how](list(chain.from_iterable(update))) for update in values]
-    return _mean(totals)
-
-
-def reduction_of(name: str) -> Reduction:
-    """How a metric known by its name alone is reduced: `max` or `min` where the name has it, else the mean."""
-    return "max" if "max" in name else "min" if "min" in name else "mean"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-_REDUCE: dict[Reduction, Callable[[Sequence[float]], float]] = {"mean": _mean, "sum": math.fsum, "min": min, "max": max}
-
-
 def _weighted_mean(having: Sequence[tuple[float, float]]) -> float:
     total = math.fsum(weight for _, weight in having)
     if not total:
-        return _mean([value for value, _ in having])
+        return math.fsum(value for value, _ in having) / len(having)
     return math.fsum(value * weight for value, weight in having) / total

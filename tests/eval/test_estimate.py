@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dapo.eval.estimate import (
     accuracy_interval,
+    bootstrap,
     majority,
     over_prompts,
     paired_difference,
     pass_at_k,
-    sample_estimates,
 )
 
 
@@ -38,15 +38,12 @@ def test_a_tied_vote_goes_to_the_answer_seen_first() -> None:
     assert majority(["a", "b", "b", "a"], [3, 2]) == 3
 
 
-def test_one_sample_has_a_mean_and_nothing_else() -> None:
-    assert sample_estimates([0.25]) == {"mean@1": 0.25}
-
-
 def test_best_of_two_of_a_coin_is_three_quarters() -> None:
-    estimates = sample_estimates([0.0, 1.0], resamples=20_000)
-    assert estimates["best@2/mean"] == pytest.approx(0.75, abs=0.01)
-    assert estimates["worst@2/mean"] == pytest.approx(0.25, abs=0.01)
-    assert not any(name.startswith("maj") for name in estimates)
+    coin = [0.0, 1.0]
+    best, worst = bootstrap(2, 2, [lambda row: max(coin[i] for i in row), min], resamples=20_000)
+    # 0.75 with variance 3/16; the smaller of two indices 0 and 1 likewise from the other side.
+    assert best == pytest.approx((0.75, math.sqrt(3) / 4), abs=0.01)
+    assert worst == pytest.approx((0.25, math.sqrt(3) / 4), abs=0.01)
 
 
 def test_a_name_is_averaged_over_the_prompts_that_have_it() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dapo.eval.estimate import bootstrap, over_prompts, resample_rows, sample_estimates
-from dapo.observe.metrics import describe, reduce_values, reduction_of, response_metrics, speed_metrics
+from dapo.eval.estimate import Reducer, bootstrap, majority, over_prompts, powers_of_two_to, resample_rows
+from dapo.observe.metrics import describe, response_metrics, speed_metrics, update_metrics
 from dapo.plan.flops import ModelFlops
 from tests.parity.cases import METRIC_TOLERANCE, TOLERANCES, Case, assert_matches
 from tests.records import group, prompt
@@ -89,7 +91,7 @@ def _val_metrics(given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             if isinstance(values[0], str):
                 continue
             estimates[f"{source}|{variable}"].append(
-                sample_estimates(
+                _of_prompt(
                     [values[i] for i in members],
                     votes,
                     resamples=given["n_bootstrap"],
@@ -97,6 +99,26 @@ def _val_metrics(given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 )
             )
     return {key: over_prompts(values) for key, values in estimates.items()}
+
+
+def _of_prompt(values: Sequence[float], votes: Sequence[str] | None, *, resamples: int, seed: int) -> dict[str, float]:
+    """The reference's names for one prompt's samples; ours has pass@k, without resampling, for best@k."""
+    n = len(values)
+    estimates = {f"mean@{n}": describe(values)["mean"]}
+    if n == 1:
+        return estimates
+    estimates[f"std@{n}"] = float(np.std(values))
+    reducers: dict[str, Reducer] = {
+        "best": lambda row: max(values[i] for i in row),
+        "worst": lambda row: min(values[i] for i in row),
+    }
+    if votes is not None:
+        reducers["maj"] = lambda row: values[majority(votes, row)]
+    for k in powers_of_two_to(n):
+        found = bootstrap(n, k, list(reducers.values()), resamples=resamples, seed=seed)
+        for name, (mean, std) in zip(reducers, found, strict=True):
+            estimates |= {f"{name}@{k}/mean": mean, f"{name}@{k}/std": std}
+    return estimates
 
 
 @pytest.mark.golden("09_bootstrap")
@@ -122,14 +144,22 @@ def test_bootstrap_agrees(case: Case) -> None:
 def test_reductions_agree(case: Case) -> None:
     if "lists" in case.inputs:
         found = {
-            name: reduce_values([[values]], reduction_of(name), per_update=False)
+            name: describe(values)["max" if "max" in name else "min" if "min" in name else "mean"]
             for name, values in case.inputs["lists"].items()
         }
+        assert_matches(found, case.out, DOUBLE)
+        return
+    by_update = case.inputs["values"]  # [update][rank][micro-batch]
+    if case.release == "0.9.1":
+        # Each update by itself, a sum over micro-batches averaged over ranks; then the updates of a step as one.
+        reduced = []
+        for ranks in by_update:
+            sums = [math.fsum(micro_batches) for micro_batches in ranks]
+            reduced.append(describe(list(chain.from_iterable(ranks))) | {"sum": describe(sums)["mean"]})
+        found = {name.removeprefix("train/"): value for name, value in update_metrics(reduced).items()}
     else:
-        # The older release pools all values, the newer one reduces each update by itself.
-        per_update = case.release == "0.9.1"
-        values = case.inputs["values"]
-        found = {how: reduce_values(values, how, per_update=per_update) for how in ("mean", "sum", "min", "max")}
+        pooled = [value for ranks in by_update for micro_batches in ranks for value in micro_batches]
+        found = describe(pooled) | {"sum": math.fsum(pooled)}
     assert_matches(found, case.out, DOUBLE)
 
 
