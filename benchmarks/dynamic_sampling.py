@@ -37,7 +37,9 @@ KEEP_RATES = (0.10, 0.20, 0.31, 0.50, 0.70, 0.90)
 # As many as Geometry3K has; with Beta(SHAPE, SHAPE) pass rates 31 % of groups of 8 have a right and a wrong answer.
 PROMPTS, EPOCHS, SHAPE = 2101, 15, 0.16246
 
-HEADER = f"{'ours':>7} {'rounds':>7} {'reference':>10} {'rounds':>7} {'errors':>7} {'ours / reference':>17}"
+HEADER = (
+    f"{'ours':>7} {'rounds':>7} {'smaller':>8} {'reference':>10} {'rounds':>7} {'errors':>7} {'ours / reference':>17}"
+)
 
 Drift = Callable[[int], float]
 """Keep rate at a step."""
@@ -166,8 +168,8 @@ def main() -> None:
 def _columns(ours: Cost, reference: Cost) -> str:
     share = ours.per_trained / reference.per_trained
     return (
-        f"{ours.per_trained:7.2f} {ours.rounds:7.2f} {reference.per_trained:10.2f} {reference.rounds:7.2f} "
-        f"{reference.errors:7d} {share:17.0%}"
+        f"{ours.per_trained:7.2f} {ours.rounds:7.2f} {ours.smaller_steps:8.0%} "
+        f"{reference.per_trained:10.2f} {reference.rounds:7.2f} {reference.errors:7d} {share:17.0%}"
     )
 
 

@@ -100,32 +100,6 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
-def memory_gib(device: torch.device) -> dict[str, float]:
-    """Memory in GiB: `allocated` and `peak` of this process, `free` and `total` of the device (on CPU: the machine)."""
-    import torch
-
-    gib = 2.0**30
-    if device.type == "cpu":
-        import resource
-
-        page = os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/self/statm") as statm:
-            resident = int(statm.read().split()[1]) * page
-        # The kernel's peak lags a little behind what is resident.
-        peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
-        return {
-            "allocated": resident / gib,
-            "peak": peak / gib,
-            "free": free / gib,
-            "total": total / gib,
-        }
-    module = getattr(torch, device.type)
-    free, total = module.mem_get_info(device)
-    allocated, peak = module.memory_allocated(device), module.max_memory_allocated(device)
-    return {"allocated": allocated / gib, "peak": peak / gib, "free": free / gib, "total": total / gib}
-
-
 def set_threads(count: int) -> None:
     """Threads of this process's CPU kernels. On a busy machine more threads than free cores are many times slower."""
     import torch

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from typing import Protocol
 
 from dapo.errors import ConfigError
+from dapo.types import Scored
 
-RewardFunction = Callable[[str, str], object]
+
+class Reward(Protocol):
+    """A user's reward. Runs in a worker process with a deadline; raising is `Crashed`, never a zero."""
+
+    def __call__(self, response: str, answer: str) -> Scored | bool | float:
+        """Judge one response against the ground truth. A bool (or 0.0 / 1.0) is an accuracy alone."""
+        ...
 
 
-def load(function: str) -> RewardFunction:
+def load(function: str) -> Reward:
     """Import a user's reward: a function, or a class that is made once without arguments and then called.
 
     Raises:
@@ -43,5 +50,5 @@ def load(function: str) -> RewardFunction:
             f"{where} is a value of type {type(found).__name__}; needed is a function (response, answer), "
             "or a class whose instances can be called like one"
         )
-    reward: RewardFunction = found
+    reward: Reward = found
     return reward

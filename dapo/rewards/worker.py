@@ -16,7 +16,7 @@ import traceback
 from typing import Any
 
 from dapo.errors import ConfigError
-from dapo.rewards.load import RewardFunction, load
+from dapo.rewards.load import Reward, load
 from dapo.types import Scored
 
 ORPHAN_CHECK_S = 2.0
@@ -64,7 +64,7 @@ def _await_request(descriptor: int, parent: int) -> bool:
     return True
 
 
-def judge(function: RewardFunction, response: str, answer: str) -> dict[str, Any]:
+def judge(function: Reward, response: str, answer: str) -> dict[str, Any]:
     """Call the reward; the fields of `Scored`, or ``{"crashed": reason}``."""
     try:
         return _fields(function(response, answer))

@@ -6,12 +6,11 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from dapo.errors import EnvironmentCheckError
 
-JobStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
 
 

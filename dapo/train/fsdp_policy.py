@@ -233,11 +233,6 @@ class FsdpPolicy:
         """The transformers model inside; its parameters may be DTensors."""
         return self.network.model
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of all weights in the compute dtype: what one `named_weights` hands over."""
-        return sum(p.numel() for p in self.model.parameters()) * self.compute_dtype.itemsize
-
     def named_weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in the compute dtype, in transformers' names and layout, tied weights once; collective.
 

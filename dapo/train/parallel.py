@@ -75,9 +75,6 @@ class Layout:
             return 1
         return self.mesh.size(0) if self.replicated else 1
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1))
-
 
 def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, world: int, mixed: bool) -> Layout:
     """Join the process group (address and port from the environment) and build the mesh.

@@ -50,10 +50,7 @@ def test_torch_npu_without_a_driver_is_no_npu_and_is_kept_from_breaking_torch(mo
         device.resolve("npu")
 
 
-def test_memory_is_in_gib_and_plausible():
-    memory = device.memory_gib(torch.device("cpu"))
-    assert 0.01 < memory["allocated"] <= memory["peak"] < memory["total"]
-    assert 0 < memory["free"] <= memory["total"]
+def test_waiting_for_a_cpu_and_freeing_its_cache_are_nothing():
     device.release_cached_memory(torch.device("cpu"))
     device.synchronize(torch.device("cpu"))
 
