@@ -89,7 +89,7 @@ class Completion:
 
 
 class Finished(NamedTuple):
-    """One response as it leaves the engine."""
+    """One response as it leaves the engine: at its end, or unfinished at the end of the round."""
 
     prompt: int
     """Index into the prompts given."""
@@ -181,7 +181,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt, made by one policy version."""
+    """All rollouts of one prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]

@@ -164,11 +164,17 @@ class GroupBuffer:
 
     def begin_step(self, policy_version: int) -> None:
         """Forget the last step's counts and the groups that are more than `max_staleness` versions old."""
-        oldest = policy_version - self.config.max_staleness
-        fresh = [] if self._verl else [g for g in self._waiting if g.policy_version >= oldest]
-        self._count = Counter(expired=len(self._waiting) - len(fresh), carried_in=len(fresh))
+        before = len(self)
+        self._waiting = deque(g for g in self._waiting if self._is_fresh(g, policy_version))
+        self._count = Counter(expired=before - len(self), carried_in=len(self))
         self._verdicts.clear()
-        self._waiting = deque(fresh)
+
+    def fresh(self, policy_version: int) -> int:
+        """Kept groups that a step of this policy version may train on."""
+        return sum(self._is_fresh(group, policy_version) for group in self._waiting)
+
+    def _is_fresh(self, group: RolloutGroup, policy_version: int) -> bool:
+        return not self._verl and group.policy_version >= policy_version - self.config.max_staleness
 
     def asks(self, prompt_id: str) -> bool:
         """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""

@@ -161,10 +161,11 @@ class RunConfig(Frozen):
                 "rollout.ahead=true generates while the training devices train: give the engines devices of their own "
                 "(rollout.devices=N)"
             )
-        if r.ahead and self.algorithm.sampling.max_staleness < 1:
+        staleness = r.ahead + (r.finish_share < 1)
+        if self.algorithm.sampling.max_staleness < staleness:
             raise ValueError(
-                "rollout.ahead=true trains on groups that are one policy version old: algorithm.sampling.max_staleness "
-                "must be at least 1"
+                f"rollout.ahead={str(r.ahead).lower()} and rollout.finish_share={r.finish_share} train on responses "
+                f"that are {staleness} policy versions old: algorithm.sampling.max_staleness must be at least that"
             )
         if (r.ahead or r.finish_share < 1) and self.algorithm.sampling.compat == "verl":
             raise ValueError("algorithm.sampling.compat=verl has neither rollout.ahead nor rollout.finish_share")
@@ -177,11 +178,6 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"rollout.finish_share={r.finish_share} mixes policy versions within a response: switch the correction "
                 "on (algorithm.correction.kind=truncate)"
-            )
-        if r.finish_share < 1 and r.router_replay:
-            raise ValueError(
-                f"rollout.router_replay=true needs responses that one engine pass wrote: rollout.finish_share="
-                f"{r.finish_share} must be 1"
             )
         over = self.algorithm.overlong
         if over.soft_punishment and over.buffer_tokens >= b.max_response_tokens:

@@ -82,7 +82,7 @@ class TransformersEngine:
         jobs = make_jobs(prompts, params, begun)
         missing = Counter(job.index for job in jobs for _ in job.samples)
         allowed = len(prompts) - prompts_needed(len(prompts), params)
-        for wave in self._waves(jobs):
+        for wave in self._waves(jobs, in_order=params.finish_share < 1):
             for done in self._wave(wave, params, enough=lambda: len(missing) <= allowed):
                 if done.completion.finished:
                     missing[done.prompt] -= 1
@@ -133,12 +133,13 @@ class TransformersEngine:
 
     # one wave: prompts decoded together
 
-    def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    def _waves(self, jobs: Sequence[Job], *, in_order: bool) -> Iterator[list[Job]]:
         """Jobs whose samples fit the batch and the cache together; of equally many samples, and of similar length."""
         layer = self._decoder.layers[0]
         per_token = 2 * layer.kv_heads * layer.head_dim * len(self._decoder.layers) * self._decoder.dtype.itemsize
-        # Responses that go on come first: they wait longest, and a round that ends early ends at the end of the order.
-        order = sorted(jobs, key=lambda job: (len(job.samples), -len(job.prompt.token_ids)))
+        # Responses that go on come first. Where a round may end early, the order asked decides, oldest first: else the
+        # same prompts would be left over every time.
+        order = sorted(jobs, key=lambda job: (len(job.samples), job.index if in_order else -len(job.prompt.token_ids)))
         while order:
             first = order[0]
             samples = len(first.samples)

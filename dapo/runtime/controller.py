@@ -1,4 +1,4 @@
-"""The DAPO step and the run around it, single-threaded and readable: no tensor, no device, no Ray in sight.
+"""The DAPO step and the run around it, readable: no tensor, no device, no Ray in sight.
 
     collect_groups -> build_train_batch -> plan_packs -> old log-probs (reference) -> updates -> sync
 
@@ -102,11 +102,11 @@ class Controller:
             self.sync()
             if self.at.step == 0 and self.config.validation.before_training:
                 self.validate()
-            while self.at.step < train.steps and not self.sampling.exhausted:
+            while self.at.step < train.steps and not self.sampling.exhausted(self.at.policy_version):
                 self.stop_if_asked()
                 self.checkpoints.notice()
                 self.step()
-                last = self.at.step == train.steps or self.sampling.exhausted
+                last = self.at.step == train.steps or self.sampling.exhausted(self.at.policy_version)
                 if last or _due(self.at.step, train.test_freq):
                     self.validate()
                 if last or _due(self.at.step, train.save_freq) or self.checkpoints.owed:

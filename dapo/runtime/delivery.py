@@ -39,6 +39,7 @@ class WeightDelivery:
         self.config, self.journal, self.policy, self.engine = config, journal, policy, engine
         self.prompts, self.sampling = held_out[:PROBE_PROMPTS], sampling
         self._proved = False
+        self._restarts: dict[int, int] = {}
 
     def deliver(self, step: int, version: int) -> dict[str, float]:
         """One sync.
@@ -63,7 +64,14 @@ class WeightDelivery:
         return metrics
 
     def restart(self, step: int, error: EngineError) -> None:
-        """Start the engine anew, because of `error`. It holds the weights the run started from: deliver next."""
+        """Start the engine anew, because of `error`. It holds the weights the run started from: deliver next.
+
+        Raises:
+            EngineError: `error`, when this step has used up its `rollout.restarts`.
+        """
+        self._restarts = {step: self._restarts.get(step, 0) + 1}
+        if self._restarts[step] > self.config.rollout.restarts:
+            raise error
         self.journal.append("alarm", step, name="engine_restarted", message=str(error))
         self.engine.restart()
         self._proved = False

@@ -10,6 +10,7 @@ from typing import Any
 from dapo.algo.groups import GroupBuffer, SamplingReport
 from dapo.config.run import RunConfig
 from dapo.data.loader import PromptLoader
+from dapo.errors import EngineError, RunStopped
 from dapo.runtime.generation import Generation
 from dapo.types import Prompt, RolloutGroup
 
@@ -42,11 +43,17 @@ class DynamicSampling:
         self._thread = ThreadPoolExecutor(1, "ahead")
         self._ahead: Future[None] | None = None
         self._filled = False
+        self._interrupted = False
+        """A step's filling was begun and not ended."""
+        self._postponed: list[int] = []
+
+    def exhausted(self, version: int) -> bool:
+        """All epochs are used up, and what waits does not fill a step that trains policy version `version`."""
+        return self._no_more_prompts and not self._filled and self.buffer.fresh(version) < self.buffer.prompts_per_step
 
     @property
-    def exhausted(self) -> bool:
-        """All epochs are used up, and no step's groups wait."""
-        return self.loader.exhausted and not self._filled
+    def _no_more_prompts(self) -> bool:
+        return self.loader.exhausted and not self._postponed
 
     def collect(self, version: int) -> tuple[list[RolloutGroup], SamplingReport]:
         """One step's groups, and how they were found.
@@ -58,23 +65,26 @@ class DynamicSampling:
             StarvationError: see `GroupBuffer.take`.
         """
         if not self._filled:
-            self._fill(version, self._between_rounds)
-        self._filled = False
+            self._fill(version)
+        self._filled = self._interrupted = False
         return self.buffer.take(), self.buffer.report()
 
     def begin_next(self, version: int) -> None:
-        """One-step-off-policy (`rollout.ahead`): write the next step's groups while this step trains.
+        """One-step-off-policy (`rollout.ahead`): write the next step's groups while this step trains. Until `settle`
+        everything here belongs to the thread that writes.
 
         Args:
             version: policy version that will be trained on them: one more than the engine's.
         """
-        if self.loader.exhausted:
+        if self.exhausted(version):
             return
         self.generation.restarts_itself = False
-        self._ahead = self._thread.submit(self._fill, version, lambda: None)
+        self._ahead = self._thread.submit(self._fill, version)
 
     def settle(self) -> None:
         """Wait for what is written ahead: nothing may write while the engine's weights change.
+
+        A run that is to stop ends it after the round under way; `collect` would go on with what is missing.
 
         Raises:
             EngineError: the engine died meanwhile. What it had written is kept, the rest is asked again by `collect`.
@@ -85,29 +95,36 @@ class DynamicSampling:
         try:
             ahead.result()
             self._filled = True
+        except RunStopped:
+            self._interrupted = True
+        except EngineError:
+            self._interrupted = True
+            raise
         finally:
             self.generation.restarts_itself = True
 
-    def _fill(self, version: int, between_rounds: Callable[[], None]) -> None:
-        self.buffer.begin_step(version)
+    def _fill(self, version: int) -> None:
+        if not self._interrupted:
+            self.buffer.begin_step(version)
         while (size := self.buffer.next_round_size()) > 0:
             # As many groups as are to end; those left unfinished are asked again first.
-            new = math.ceil(size / self._finish_share) - len(self.generation.open)
-            offered = self.loader.take(max(new, 0))
-            if not offered and not self.generation.open:
-                break
-            # At the turn of an epoch a prompt may come again while it is still being answered.
+            new = math.ceil(size / self._finish_share) - len(self.generation.open) - len(self._postponed)
+            offered = [*self._postponed, *self.loader.take(max(new, 0))]
+            # At the turn of an epoch a prompt may come again while it is still being answered: it waits.
             answering = {group.prompt.id for group in self.generation.open}
-            new_prompts = [p for i in offered if (p := self.prompts[i]).id not in answering]
-            asked = [p for p in new_prompts if self.buffer.asks(p.id)]
-            if offered and not asked:
+            self._postponed = [i for i in offered if self.prompts[i].id in answering]
+            free = [p for i in offered if (p := self.prompts[i]).id not in answering]
+            asked = [p for p in free if self.buffer.asks(p.id)]
+            if not asked and not self.generation.open:
+                if self._no_more_prompts:
+                    break
                 continue
             # Each round has a serial of its own, also one without new prompts: its random streams hang on it.
             serial, self.serial = self.serial, self.serial + max(len(asked), 1)
-            groups = self.generation.training_groups(asked, version, serial, last=self.loader.exhausted)
+            groups = self.generation.training_groups(asked, version, serial, last=self._no_more_prompts)
             self.responses += sum(len(g.rollouts) for g in groups)
             self.buffer.add(groups)
-            between_rounds()
+            self._between_rounds()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -117,6 +134,7 @@ class DynamicSampling:
             "serial": self.serial,
             "responses": self.responses,
             "filled": self._filled,
+            "postponed": self._postponed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,3 +142,4 @@ class DynamicSampling:
         self.buffer.load_state_dict(state["buffer"])
         self.generation.load_state_dict(state["open"])
         self.serial, self.responses, self._filled = state["serial"], state["responses"], state["filled"]
+        self._postponed = state["postponed"]

@@ -141,8 +141,10 @@ def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Gen
     workers = Workers(config)
     for place in workers.ready(workers.begin(weights)):
         log.info("worker %s", place)
-    yield RayEngine(workers).generate
-    workers.close()
+    try:
+        yield RayEngine(workers).generate
+    finally:
+        workers.close()
 
 
 def _judge(

@@ -89,7 +89,8 @@ class Generation:
     """One run's engine, grader and sampling parameters.
 
     Args:
-        restart: called with the error of a dead engine; starts it again and gives it the current weights.
+        restart: called with the error of a dead engine; starts it again and gives it the current weights,
+            or raises that very error.
         phase: times what runs inside it under the given name.
     """
 
@@ -209,7 +210,7 @@ class Generation:
         """What the engine writes; where it dies, a restarted one goes on with what is missing. The same seeds give the
         same responses."""
         failure: EngineError | None = None
-        for _ in range(self.config.rollout.restarts + 1):
+        while True:
             try:
                 if failure is not None:
                     self._restart(failure)
@@ -217,11 +218,9 @@ class Generation:
                 yield from self.engine.stream([group.prompt for group in asked], params, begun)
                 return
             except EngineError as error:
-                if not self.restarts_itself:
+                if error is failure or not self.restarts_itself:
                     raise
                 failure = error
-        assert failure is not None
-        raise failure
 
     def _stop_on_broken_reward(self, groups: Sequence[RolloutGroup]) -> None:
         rollouts = [r for g in groups for r in g.rollouts]

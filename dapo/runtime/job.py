@@ -106,8 +106,10 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             cost=cost_model(weights),
             mirror=mirror,
         )
-        status = controller.run()
-    workers.close()
+        try:
+            status = controller.run()
+        finally:
+            workers.close()  # else a failed run stays for what its engines still write
     log.info("%s at step %d", status, controller.at.step)
     return 0
 

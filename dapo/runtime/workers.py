@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from dapo import device
 from dapo.config.run import RunConfig
@@ -72,20 +72,33 @@ class Workers:
         """The same call on every trainer (collectives inside need all of them)."""
         return self.get([getattr(a, method).remote(*args) for a in self.trainers], deadline_s, method)
 
-    def get(self, refs: list[Any], deadline_s: float | None, what: str) -> list[Any]:
+    def get(self, refs: list[Any], deadline_s: float | None, what: str, *, engines: bool = False) -> list[Any]:
+        """Results of calls, in order.
+
+        Args:
+            engines: only engines are asked. Beside the trainers they can be started again (`EngineError`); a colocated
+                one hangs or dies with its trainer, and the job must be (`TrainingError`).
+        """
+        fatal = self.fatal if engines else TrainingError
         try:
             return list(ray.get(refs, timeout=deadline_s))
         except GetTimeoutError:
-            raise EngineError(f"{what} did not end within {deadline_s:.0f} s on every worker: it hangs") from None
+            raise fatal(f"{what} did not end within {deadline_s:.0f} s on every worker: it hangs") from None
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, DapoError):
                 raise cause from error
             raise
         except RayActorError as error:
-            # A colocated engine dies with its trainer; one beside it can be started again.
-            kind = EngineError if self.generators and error.actor_id in self._generator_ids() else TrainingError
+            kind = EngineError if error.actor_id in self._generator_ids() else TrainingError
             raise kind(f"a worker process died during {what}: {error}") from error
+        except RayError as error:
+            raise fatal(f"Ray lost a result of {what}: {error}") from error
+
+    @property
+    def fatal(self) -> type[DapoError]:
+        """What a dead or hanging engine means."""
+        return EngineError if self.generators else TrainingError
 
     def close(self) -> None:
         for actor in [*self.trainers, *self.generators]:
@@ -153,28 +166,32 @@ class RayEngine:
         engines = self.workers.engines
         replicas = len(engines) // tp
         ends_at = time.monotonic() + self.deadline_s
-        open_streams: dict[Any, int] = {}
-        followers = []
+        open_streams: dict[Any, tuple[int, bool]] = {}
         for i, actor in enumerate(engines):
             replica = i // tp
             share = prompts[replica::replicas], params, begun[replica::replicas]
-            stream = actor.stream.options(num_returns="streaming").remote(*share)
-            if i % tp:
-                followers.append(stream)  # ranks of one tensor-parallel group write the same; the first one is heard
-            else:
-                open_streams[stream] = replica
+            # Ranks of one tensor-parallel group write the same; the first one is heard.
+            open_streams[actor.stream.options(num_returns="streaming").remote(*share)] = replica, i % tp == 0
+        failure: DapoError | None = None
         while open_streams:
             ready, _ = ray.wait(list(open_streams), timeout=max(0.0, ends_at - time.monotonic()))
             if not ready:
-                raise EngineError(f"generation did not end within {self.deadline_s:.0f} s on every worker: it hangs")
-            replica = open_streams[ready[0]]
+                raise failure or self.workers.fatal(f"generation did not end within {self.deadline_s:.0f} s: it hangs")
+            replica, heard = open_streams[ready[0]]
             try:
-                part = next(cast(Iterator[Any], ready[0]))
+                part = self.workers.get([next(cast(Iterator[Any], ready[0]))], None, "generation", engines=True)[0]
             except StopIteration:
                 del open_streams[ready[0]]
                 continue
-            for done in self.workers.get([part], self.deadline_s, "generation")[0]:
+            except EngineError as error:
+                # What the others write is kept; and they could not be restarted while they write.
+                failure = error
+                del open_streams[ready[0]]
+                continue
+            for done in part if heard else ():
                 yield done._replace(prompt=replica + replicas * done.prompt)
+        if failure is not None:
+            raise failure
 
     def restart(self) -> None:
         self.workers.restart_engines()
@@ -215,9 +232,9 @@ class RayPolicy:
             return metrics
         sending = [trainer.send.remote() for trainer in workers.trainers]
         receiving = [generator.receive.remote(version) for generator in workers.generators]
-        results = workers.get([*sending, *receiving], START_DEADLINE_S, "weight sync")
-        sent = results[0]
         try:
+            results = workers.get([*sending, *receiving], START_DEADLINE_S, "weight sync", engines=True)
+            sent = results[0]
             for fingerprint in results[len(sending) :]:
                 compare_fingerprints(trainer=sent.fingerprint, engine=fingerprint)
         except EngineError:

@@ -117,7 +117,8 @@ def test_the_form_has_a_description_for_every_field():
     ("overrides", "says"),
     [
         (["rollout.devices=2", "rollout.tensor_parallel=3"], "must divide rollout.devices=2"),
-        (["rollout.devices=1", "rollout.ahead=true", "algorithm.sampling.max_staleness=0"], "must be at least 1"),
+        (["rollout.devices=1", "rollout.ahead=true", "algorithm.sampling.max_staleness=0"], "are 1 policy versions"),
+        (["rollout.devices=1", "rollout.ahead=true", "rollout.finish_share=0.9"], "are 2 policy versions"),
         (["rollout.finish_share=0.9", "algorithm.sampling.compat=verl"], "neither rollout.ahead nor"),
         (["rollout.finish_share=0.9", "rollout.router_replay=true"], "use one of the two"),
     ],

@@ -70,7 +70,7 @@ class Bandit:
 
 
 class ScriptedEngine:
-    """Answers by hash; `fail_at` are the calls of `generate` that die."""
+    """Answers by hash; `fail_at` are the calls of `stream` that die."""
 
     def __init__(self, fail_at: tuple[int, ...] = (), stale: bool = False) -> None:
         self.skill, self.version, self.calls, self.restarts = 0.0, -1, 0, 0

@@ -313,6 +313,16 @@ def test_a_killed_run_continues_its_unfinished_responses(tmp_path):
     assert policy.trained == straight_policy.trained[4:]
 
 
+def test_a_small_data_set_is_seen_whole_in_every_epoch_with_partial_rollouts(tmp_path):
+    tree = {"algorithm": CORRECTED | {"sampling": {"revisit": 1.0}}, "train": {"steps": 50, "epochs": 6}}
+    controller, _, _ = make(tmp_path, questions=6, rollout={"finish_share": 0.3}, **tree)
+    seen = []
+    add = controller.sampling.buffer.add
+    controller.sampling.buffer.add = lambda groups: seen.extend(g.prompt.id for g in groups) or add(groups)
+    controller.run()
+    assert {seen.count(f"train/{i}") for i in range(6)} == {6}
+
+
 AHEAD = {"rollout": {"ahead": True, "devices": 1}}
 
 
@@ -351,6 +361,30 @@ def test_a_killed_run_that_generates_ahead_trains_on_what_was_generated(tmp_path
     again, policy, _ = make(tmp_path / "killed", **AHEAD)
     assert again.run() == "finished"
     assert policy.trained == straight_policy.trained[4:]
+
+
+def test_a_stop_is_heard_while_the_next_step_is_written(tmp_path):
+    controller, policy, folder = make(tmp_path, skill=0.0, **AHEAD, train={"steps": 4, "save_freq": 0})
+    update, collect = policy.update, controller.sampling.collect
+
+    def first_step(version):
+        policy.skill = controller.engine.skill = 0.5
+        found = collect(version)
+        controller.engine.skill = 0.0  # nothing is kept from now on: the next step is never full
+        return found
+
+    def stop(batch, plan, index):
+        folder.stop_request.write_text("asked by a test")
+        return update(batch, plan, index)
+
+    controller.sampling.collect, policy.update = first_step, stop
+    assert controller.run() == "stopped"
+    assert kinds(folder)[-2:] == [("checkpoint", 1), ("ended", 1)]
+
+
+def test_restarts_ahead_of_a_step_have_the_same_budget(tmp_path):
+    with pytest.raises(EngineError, match="died"):
+        make(tmp_path, engine=ScriptedEngine(fail_at=(4,)), rollout=AHEAD["rollout"] | {"restarts": 0})[0].run()
 
 
 def test_an_engine_that_dies_ahead_of_its_step_is_restarted_when_the_trainer_has_its_weights(tmp_path):

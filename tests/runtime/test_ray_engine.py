@@ -27,7 +27,7 @@ PATHS = {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH"
 
 
 class Replica:
-    """Writes the number of the prompt, one prompt at a time; `dies` kills it, `hangs` is never answered."""
+    """Writes the number of the prompt, one prompt at a time; `dies`, `hangs` and `garbage` are what they say."""
 
     def ready(self):
         return True
@@ -36,6 +36,8 @@ class Replica:
         for index, prompt in enumerate(prompts):
             if prompt.answer == "dies":
                 os._exit(1)
+            if prompt.answer == "garbage":
+                raise EngineError("the engine returned token -1")
             if prompt.answer == "hangs":
                 time.sleep(60)
             yield [
@@ -86,6 +88,24 @@ def test_a_worker_that_dies_is_told_from_one_that_hangs_and_what_came_before_is_
         came.extend(engine_of(1).stream(prompts("a", "dies"), PARAMS))
     assert {done.prompt for done in came} <= {0}
     came = []
-    with pytest.raises(EngineError, match=r"did not end within 5 s .* it hangs"):
+    with pytest.raises(TrainingError, match="did not end within 5 s: it hangs"):
         came.extend(engine_of(2, deadline_s=5.0).stream(prompts("a", "b", "c", "hangs"), PARAMS))
     assert {done.prompt for done in came} == {0, 1, 2}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_healthy_replicas_write_is_given_before_the_error_of_another():
+    came = []
+    with pytest.raises(EngineError, match="token -1"):
+        came.extend(engine_of(2).stream(prompts("garbage", "b", "c", "d"), PARAMS))
+    assert {done.prompt for done in came} == {1, 3}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_engines_beside_the_trainers_that_die_or_hang_can_be_started_again(how):
+    engine = engine_of(1, deadline_s=8.0)
+    workers = engine.workers
+    workers.generators, workers.trainers = workers.trainers, []
+    with pytest.raises(EngineError, match=r"died during generation|it hangs"):
+        list(engine.stream(prompts("a", how), PARAMS))
