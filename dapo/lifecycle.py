@@ -104,34 +104,27 @@ def _store(arguments: argparse.Namespace) -> str:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dapo.config import io
-    from dapo.eval.evaluate import make_folder
     from dapo.eval.models import find_model
-    from dapo.eval.record import log_evaluation
-    from dapo.runtime.evaluation import evaluate
     from tasks import inputs
+    from tasks.measure import measure
 
     config = io.load(arguments.config, arguments.overrides)
-    cache = Path(config.data.cache_dir)
     model = find_model(arguments.model, config)
-    progress = _Progress()
     try:
-        preparing = None if arguments.data else inputs.begin("data", config.data, cache)
-        weights = inputs.begin("weights", model.source, cache).wait(progress.of("weights"))
-        data = Path(arguments.data) if preparing is None else preparing.wait(progress.of("data"))
-        folder = make_folder(config, model, data, weights)
-        if folder.done:
-            print("measured before: the same weights answered the same questions")
-        measured = evaluate(folder, progress.of("prompts"))
+        found = measure(config, model, Path(arguments.data) if arguments.data else None, _Progress().of)
     finally:
         inputs.abort_all()
+    if found.before:
+        print("measured before: the same weights answered the same questions")
+    measured = found.numbers
     metrics = measured["metrics"]
     print(f"\n{arguments.model}: {metrics['val/prompts']} prompts of {config.data.validation_split}")
     for name, e in measured["estimates"].items():
         print(f"  {name:<10} {e['value']:.4f}   95 %: {e['low']:.4f} to {e['high']:.4f}")
     for name in ("format", "length_mean", "truncated", "failed"):
         print(f"  {name:<10} {metrics[f'val/{name}']:.4f}")
-    print(f"  answers    {folder.page}")
-    print(f"  MLflow     run {log_evaluation(folder, config)}")
+    print(f"  answers    {found.folder.page}")
+    print(f"  MLflow     {found.record}")
     return 0
 
 
@@ -164,18 +157,11 @@ class _Progress:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from dapo.eval.compare import compare
-    from dapo.eval.comparison_page import markdown, page_name, write_comparison
-    from dapo.eval.runs import read_runs
-    from dapo.observe.shipper import connect
+    from dapo.eval.comparison_page import compare_runs
 
-    if len(arguments.runs) < 2:
-        raise ConfigError("a comparison needs at least two runs")
-    found = compare(read_runs(connect(_store(arguments)), arguments.runs))
-    place = arguments.out or Path(arguments.run_root) / "comparisons" / page_name(arguments.runs)
-    path = write_comparison(found, place.resolve())
-    print(markdown(found))
-    print(f"\n{path}")
+    told, page = compare_runs(arguments.runs, _store(arguments), arguments.run_root, arguments.out)
+    print(told)
+    print(f"\n{page}")
     return 0
 
 

@@ -7,12 +7,9 @@ prefect deployment run compare/experiments -p runs='["a", "b"]'       by a Prefe
 from __future__ import annotations
 
 from datetime import datetime
-from pathlib import Path
 
 from prefect import flow
 
-from dapo.errors import ConfigError
-from dapo.eval.comparison_page import page_name
 from dapo.eval.runs import store
 from flows.recovery import begin, come_back
 from tasks.compare import compare as compare_runs
@@ -36,7 +33,4 @@ def compare(runs: list[str], tracking_uri: str | None = None, run_root: str = "r
         The page.
     """
     begin()
-    if len(runs) < 2:
-        raise ConfigError(f"a comparison needs at least two runs, got {len(runs)}")
-    page = Path(run_root).resolve() / "comparisons" / page_name(runs)
-    return compare_runs(runs, store(tracking_uri, run_root), str(page))
+    return compare_runs(runs, store(tracking_uri, run_root), run_root)

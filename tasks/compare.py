@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -13,22 +11,18 @@ from tasks.retry import may_pass
 
 
 @task(retries=2, retry_delay_seconds=30, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
-def compare(runs: list[str], tracking_uri: str, page: str) -> str:
+def compare(runs: list[str], tracking_uri: str, run_root: str) -> str:
     """Absolute path of the page.
 
     Args:
         runs: MLflow ids, names or beginnings of names.
         tracking_uri: the MLflow store that knows them all.
-        page: where to write.
+        run_root: folder of runs; the page goes into its `comparisons`.
     """
-    from dapo.eval.compare import compare as side_by_side
-    from dapo.eval.comparison_page import markdown, write_comparison
-    from dapo.eval.runs import read_runs
-    from dapo.observe.shipper import connect
+    from dapo.eval.comparison_page import compare_runs
 
-    found = side_by_side(read_runs(connect(tracking_uri), runs))
-    path = write_comparison(found, Path(page).resolve())
+    told, path = compare_runs(runs, tracking_uri, run_root)
     get_run_logger().info("comparison: %s", path)
-    best_effort(create_markdown_artifact, markdown(found), key=artifact_key("comparison"))
+    best_effort(create_markdown_artifact, told, key=artifact_key("comparison"))
     best_effort(create_link_artifact, path.as_uri(), link_text="comparison", key=artifact_key("comparison", "page"))
     return str(path)

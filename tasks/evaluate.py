@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -10,7 +11,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from dapo.config.run import RunConfig
-from tasks import inputs
 from tasks.progress import ProgressBar, artifact_key, best_effort
 
 
@@ -24,19 +24,16 @@ def evaluate(config: RunConfig, reference: str, data: str, label: str) -> str:
         data: folder of prepared data.
         label: names the task run.
     """
-    from dapo.eval.evaluate import make_folder
     from dapo.eval.models import find_model
-    from dapo.eval.record import log_evaluation
-    from dapo.runtime.evaluation import evaluate as measure
+    from tasks.measure import measure
 
     log = get_run_logger()
     model = find_model(reference, config)
     bar = ProgressBar("evaluate", model.name)
-    weights = inputs.begin("weights", model.source, Path(config.data.cache_dir)).wait(bar)
-    folder = make_folder(config, model, Path(data), weights)
-    if folder.done:
+    found = measure(config, model, Path(data), lambda _: bar)
+    folder, measured = found.folder, found.numbers
+    if found.before:
         log.info("skipped: the same weights answered the same questions before, in %s", folder.root)
-    measured = measure(folder, bar)
     accuracy = measured["metrics"]["val/accuracy"]
     log.info("%s: accuracy %.4f on %d prompts", reference, accuracy, measured["metrics"]["val/prompts"])
     rows = [f"| {n} | {e['value']:.4f} | {e['low']:.4f} to {e['high']:.4f} |" for n, e in measured["estimates"].items()]
@@ -49,10 +46,6 @@ def evaluate(config: RunConfig, reference: str, data: str, label: str) -> str:
     resource = {"prefect.resource.id": f"dapo.model.{model.name}", "prefect.resource.name": model.name}
     payload = {"evaluation": folder.id, "accuracy": accuracy, "reference": reference}
     best_effort(emit_event, "dapo.evaluation.completed", resource=resource, payload=payload)
-    try:
-        log.info("MLflow run %s", log_evaluation(folder, config))
-    except Exception as error:
-        # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the numbers are on disk all the same.
-        log.warning("MLflow did not take the evaluation: %s: %s", type(error).__name__, error)
+    log.log(logging.INFO if found.mlflow_run else logging.WARNING, "MLflow: %s", found.record)
     bar.close(f"accuracy {accuracy:.3f}")
     return str(folder.root)

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from dapo.eval.compare import AXES, Axis, Comparison, Difference, EqualPoint, Pair, course
+from dapo.errors import ConfigError
+from dapo.eval.compare import AXES, Axis, Comparison, Difference, EqualPoint, Pair, compare, course
 from dapo.eval.page import write_page
-from dapo.eval.runs import RunRecord
+from dapo.eval.runs import RunRecord, read_runs
 from dapo.observe.curves import COLOURS, SIZE, svg
+from dapo.observe.shipper import connect
 
 _CHARTS: tuple[tuple[str, str, Axis, str], ...] = (
     ("Held-out accuracy by step", "val/accuracy", "step", "share right"),
@@ -25,6 +27,28 @@ _CHARTS: tuple[tuple[str, str, Axis, str], ...] = (
     ("Time of a step", "time/step", "step", "seconds"),
 )
 _LONGEST_VALUE = 120
+
+
+def compare_runs(
+    references: Sequence[str], tracking_uri: str, run_root: str, page: Path | None = None
+) -> tuple[str, Path]:
+    """Runs side by side, from what MLflow knows of them: a summary (Markdown), and the page.
+
+    Args:
+        references: MLflow ids, names or beginnings of names; the first is the baseline.
+        tracking_uri: the MLflow store that knows them all.
+        run_root: folder of runs; the page goes into its `comparisons`.
+        page: where to write instead.
+
+    Raises:
+        ConfigError: fewer than two runs, or one means no run or several.
+    """
+    if len(references) < 2:
+        raise ConfigError(f"a comparison needs at least two runs, got {len(references)}")
+    found = compare(read_runs(connect(tracking_uri), references))
+    name = "-".join(re.sub(r"[^\w.-]", "_", run)[:24] for run in references) + ".html"
+    page = page or Path(run_root) / "comparisons" / name
+    return markdown(found), write_comparison(found, page.resolve())
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
@@ -46,11 +70,6 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         shorten=lambda text: text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} …",
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
-
-
-def page_name(runs: Sequence[str]) -> str:
-    """File name for a comparison of these references."""
-    return "-".join(re.sub(r"[^\w.-]", "_", run)[:24] for run in runs) + ".html"
 
 
 def markdown(comparison: Comparison) -> str:

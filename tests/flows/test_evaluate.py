@@ -62,6 +62,20 @@ def test_two_evaluations_are_recorded_and_compared(config):
         compare(["one"], tracking_uri(config), config.run_root)
 
 
+def test_command_and_flow_measure_as_one_and_an_outage_of_mlflow_costs_nothing(config, tmp_path, capsys):
+    from dapo.cli import main
+
+    measured = evaluate(config)
+    io.save(config, tmp_path / "config.yaml")
+    words = ["evaluate", "base", str(tmp_path / "config.yaml"), "mlflow.tracking_uri=http://127.0.0.1:9"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "measured before: the same weights answered the same questions" in out
+    assert f"answers    {measured.page}\n  MLflow     did not take the evaluation (" in out
+    away = io.override(config, {"mlflow.tracking_uri": "http://127.0.0.1:9"})
+    assert evaluate(away).root == measured.root
+
+
 def test_several_devices_answer_as_one_does(config):
     """On a Ray of our own, with two workers; sampling depends on (seed, prompt, sample) alone."""
     two = evaluate(io.override(config, {"model.parallel.world_size": 2, "name": "two", "seed": 3}))
