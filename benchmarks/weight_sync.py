@@ -37,11 +37,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from dapo.model.tensors import absolute_sum, checksum, fused_group
+from dapo.model.tensors import SMALLEST_BUCKET, absolute_sum, checksum, fused_group
 from dapo.rollout.broadcast import Broadcast
 from dapo.rollout.same_host import Opener, SharedMemory
 from dapo.rollout.transport import send_weights
-from dapo.train.weights import SMALLEST_BUCKET
 
 HIDDEN, INNER, QUERY, KEY, VOCABULARY = 2048, 6144, 2048, 1024, 151_936
 TRANSPORTS = ("copy", "same process", "shared memory", "broadcast", "fingerprint", "checksums")

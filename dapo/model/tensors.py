@@ -15,6 +15,9 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+"""The module in which engines store a projection together with others."""
+SMALLEST_BUCKET = 2**26
+"""Bytes moved at once; below it, waiting for an exchange takes longer than moving what is in it."""
 _EXPERTS = re.compile(r"^(.+\.experts)\.")
 _CHUNK = 2**16
 

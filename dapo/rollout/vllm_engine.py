@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dapo.errors import ConfigError, EngineError
+from dapo.model.tensors import SMALLEST_BUCKET
 from dapo.rollout import ascend
 from dapo.rollout.engine import Begun, collected
 from dapo.rollout.same_host import CudaIpc, SharedMemory
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from dapo.data.processor import PromptProcessor
 
 log = logging.getLogger(__name__)
-
-_SMALLEST_BUCKET = 64 * 2**20
 
 
 class VllmEngine:
@@ -243,7 +242,7 @@ class VllmEngine:
     def _bucket_bytes(self) -> int:
         """A sixteenth of the model, so that no rank holds much of it twice."""
         files = self.folder.glob("*.safetensors")
-        return max(_SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
+        return max(SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
 
 
 def _free_bytes(platform: str) -> int:

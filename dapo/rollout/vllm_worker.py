@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dapo.errors import EngineError
-from dapo.model.tensors import absolute_sum, fused_group
+from dapo.model.tensors import FUSED, absolute_sum, fused_group
 from dapo.rollout.same_host import Opener
 
-_FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
 
 
@@ -56,21 +55,18 @@ def check_whole_groups(names: Iterable[str]) -> None:
     Raises:
         EngineError: names what is missing of the first partial group.
     """
-    came: dict[str, set[str]] = {}
+    came: dict[tuple[str, str, str], set[str]] = {}
     for name in names:
         layer, _, last = name.rpartition(".")
         parent, _, part = layer.rpartition(".")
-        if any(part in group for group in _FUSED):
-            came.setdefault(f"{parent}|{last}", set()).add(part)
-    for key, parts in came.items():
-        for group in _FUSED:
-            if parts & group and not group <= parts:
-                parent, _, last = key.partition("|")
-                missing = ", ".join(sorted(group - parts))
-                raise EngineError(
-                    f"weight sync: {parent}.{min(parts & group)}.{last} came without {missing}; the engine stores them "
-                    "as one tensor: send whole groups"
-                )
+        if part in FUSED:
+            came.setdefault((parent, FUSED[part], last), set()).add(part)
+    for (parent, module, last), parts in came.items():
+        if missing := sorted({part for part, of in FUSED.items() if of == module} - parts):
+            raise EngineError(
+                f"weight sync: {parent}.{min(parts)}.{last} came without {', '.join(missing)}; the engine stores them "
+                "as one tensor: send whole groups"
+            )
 
 
 def check_kept_groups(came: Iterable[str], unchanged: Collection[str]) -> None:

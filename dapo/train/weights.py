@@ -10,11 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dapo.model.tensors import absolute_sum, checksum, fused_group, in_buckets
+from dapo.model.tensors import SMALLEST_BUCKET, absolute_sum, checksum, fused_group, in_buckets
 from dapo.train.parallel import Layout
-
-SMALLEST_BUCKET = 2**26
-"""Bytes; below it, waiting for an exchange takes longer than moving what is in it."""
 
 
 def bucket_bytes(model: nn.Module, dtype: torch.dtype) -> int:
