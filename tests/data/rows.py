@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
+from dapo.config.data import DataConfig, FolderData
 from tests.data.folders import picture
 
 Rows = list[dict[str, Any]]
@@ -63,3 +64,11 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return folder
+
+
+def folder_config(folder: Path, **settings: Any) -> DataConfig:
+    return DataConfig(source=FolderData(path=str(folder)), **settings)
+
+
+def read_split(folder: Path, split: str) -> Rows:
+    return pq.read_table(folder / f"{split}.parquet").to_pylist()

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -281,28 +280,3 @@ def test_progress_counts_bytes_up_to_the_total(hub: Hub, large_repo: Repo, tmp_p
     assert done == sorted(done)
     total = sum(map(len, LARGE_FILES.values()))
     assert calls[-1] == (total, total, f"bytes of model {REPO}")
-
-
-def test_who_waits_for_a_download_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from dapo.data import storage
-
-    wait = storage._WAIT_S
-    storage._WAIT_S = 0.05
-    try:
-        release, held = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with storage.exclusive(tmp_path / "x.lock", "downloading org/model"):
-                held.set()
-                release.wait(10)
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait(10)
-        threading.Timer(0.3, release.set).start()
-        with storage.exclusive(tmp_path / "x.lock", "downloading org/model"):
-            pass
-        thread.join()
-    finally:
-        storage._WAIT_S = wait
-    assert "waiting for another process that is downloading org/model" in caplog.text

@@ -1,25 +1,20 @@
-"""Preparation: rows of every source become the recipe's parquet, broken ones are set aside with a reason."""
+"""Preparation: rows of every source become the recipe's parquet, once, whatever is on the way."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
-from dapo.config.data import DataConfig, FolderData, HubData, SyntheticData
+from dapo.config.data import DataConfig, HubData, SyntheticData
 from dapo.data.images import decode_image
 from dapo.data.prepare import data_key, prepare, read_manifest
 from dapo.data.storage import sha256_of
-from dapo.errors import DataError
 from tests.data.folders import picture
 from tests.data.hub_server import Fault, Hub
-from tests.data.rows import Rows, as_parquet, geometry_rows, hub_files, write_files
+from tests.data.rows import as_parquet, folder_config, hub_files, read_split, write_files
 
 NAME = "hiyouga/geometry3k"
 
@@ -28,23 +23,10 @@ def hub_config(hub: Hub, **settings: Any) -> DataConfig:
     return DataConfig(source=HubData(repo=NAME, endpoint=hub.endpoint), **settings)
 
 
-def folder_config(folder: Path, **settings: Any) -> DataConfig:
-    return DataConfig(source=FolderData(path=str(folder)), **settings)
-
-
-def read(folder: Path, split: str) -> Rows:
-    return pq.read_table(folder / f"{split}.parquet").to_pylist()
-
-
-def with_broken(tmp_path: Path, broken: Rows, good: int = 20) -> Path:
-    files = hub_files() | {"data/train-00000-of-00001.parquet": as_parquet(geometry_rows(good) + broken)}
-    return write_files(tmp_path / "source", files)
-
-
 def test_rows_have_the_columns_of_the_recipe(tmp_path: Path) -> None:
     config = folder_config(write_files(tmp_path / "source", hub_files()), instruction="Think.")
     folder = prepare(config, tmp_path / "cache")
-    row = read(folder, "train")[3]
+    row = read_split(folder, "train")[3]
     assert row == {
         "data_source": "source",
         "prompt": [{"role": "user", "content": "<image>Find x if y = 3. Think."}],
@@ -54,7 +36,7 @@ def test_rows_have_the_columns_of_the_recipe(tmp_path: Path) -> None:
         "extra_info": {"split": "train", "index": 3, "answer": "9", "question": "<image>Find x if y = 3."},
         "tags": [],
     }
-    assert [len(read(folder, split)) for split in ("train", "validation", "test")] == [20, 4, 6]
+    assert [len(read_split(folder, split)) for split in ("train", "validation", "test")] == [20, 4, 6]
 
 
 def test_datasets_library_reads_a_prepared_file_with_its_images(tmp_path: Path) -> None:
@@ -87,8 +69,8 @@ def test_hub_and_its_copy_in_a_folder_give_the_same_rows(hub: Hub, tmp_path: Pat
     fetched = prepare(hub_config(hub), tmp_path / "cache")
     copied = prepare(folder_config(write_files(tmp_path / "source", hub_files())), tmp_path / "cache")
     for split in ("train", "validation", "test"):
-        other = [row | {"data_source": NAME} for row in read(copied, split)]
-        assert read(fetched, split) == other
+        other = [row | {"data_source": NAME} for row in read_split(copied, split)]
+        assert read_split(fetched, split) == other
 
 
 def test_only_parquet_files_and_the_card_are_downloaded(hub: Hub, tmp_path: Path) -> None:
@@ -137,124 +119,24 @@ def test_key_of_a_branch_changes_when_the_branch_moves(hub: Hub, tmp_path: Path)
 def test_synthetic_rows_are_prepared_like_any_other(tmp_path: Path) -> None:
     config = DataConfig(source=SyntheticData(train=12, validation=3, test=5))
     folder = prepare(config, tmp_path)
-    rows = read(folder, "train")
+    rows = read_split(folder, "train")
     assert len(rows) == 12
     assert all(row["reward_model"]["ground_truth"] and row["tags"] for row in rows)
     assert decode_image(rows[0]["images"][0]["bytes"]).size == (32, 32)
-
-
-def good_image() -> dict[str, Any]:
-    return {"bytes": picture(), "path": None}
-
-
-BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"images": [good_image()], "problem": "<image>x?", "answer": None}, "no answer"),
-    ({"images": [good_image()], "problem": "<image>x?", "answer": " "}, "no answer"),
-    ({"images": [good_image()], "problem": None, "answer": "1"}, "no problem"),
-    ({"images": None, "problem": "<image>x?", "answer": "1"}, "images is NoneType, not a list"),
-    ({"images": [None], "problem": "<image>x?", "answer": "1"}, "an image is NoneType, not bytes"),
-    ({"images": [{"bytes": None, "path": None}], "problem": "<image>x?", "answer": "1"}, "neither bytes nor path"),
-    ({"images": [{"bytes": b"GIF", "path": None}], "problem": "<image>x?", "answer": "1"}, "not a readable image"),
-    ({"images": [{"bytes": picture()[:-30], "path": None}], "problem": "x?", "answer": "1"}, "damaged PNG image"),
-    ({"images": [{"bytes": None, "path": "/etc/hostname"}], "problem": "x?", "answer": "1"}, "out of the data set's"),
-    ({"images": [{"bytes": None, "path": "gone.png"}], "problem": "x?", "answer": "1"}, "cannot be read"),
-    ({"images": [], "problem": "<image>x?", "answer": "1"}, "1 <image> markers for 0 images"),
-    ({"images": [good_image()], "problem": "<|image_pad|>x?", "answer": "1"}, "model's control token"),
-]
-
-
-def test_every_kind_of_broken_row_is_set_aside_with_its_reason(tmp_path: Path) -> None:
-    source = with_broken(tmp_path, [row for row, _ in BROKEN])
-    folder = prepare(folder_config(source, max_broken_share=0.5), tmp_path / "cache")
-    entries = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [(e["split"], e["index"]) for e in entries] == [("train", 20 + i) for i in range(len(BROKEN))]
-    for entry, (_, reason) in zip(entries, BROKEN, strict=True):
-        assert reason in entry["reason"]
-    assert read_manifest(folder)["splits"]["train"]["quarantined"] == len(BROKEN)
-    assert [row["extra_info"]["index"] for row in read(folder, "train")] == list(range(20))
-
-
-def test_more_broken_rows_than_allowed_stop_the_stage_and_keep_the_reasons(tmp_path: Path) -> None:
-    broken = [row for row, _ in BROKEN[:2]]
-    config = folder_config(with_broken(tmp_path, broken), max_broken_share=0.05)
-    with pytest.raises(
-        DataError, match=r"2 of 32 rows are broken \(6\.2%; .*allows 5\.0%\): 2 x no answer\."
-    ) as failed:
-        prepare(config, tmp_path / "cache")
-    reasons = Path(str(failed.value).rsplit(": ", 1)[1])
-    assert len(reasons.read_text().splitlines()) == 2
-    assert [p.name for p in (tmp_path / "cache" / "data").iterdir() if p.is_dir() and p.name != ".datasets"] == []
-
-
-def test_answers_that_are_numbers_are_refused_and_not_guessed(tmp_path: Path) -> None:
-    import io
-
-    import pyarrow as pa
-
-    rows = [row | {"answer": i} for i, row in enumerate(geometry_rows(5))]
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), out)
-    source = write_files(tmp_path / "source", {"train.parquet": out.getvalue(), "test.parquet": out.getvalue()})
-    with pytest.raises(DataError, match="10 x answer is int, not text"):
-        prepare(folder_config(source), tmp_path / "cache")
 
 
 def test_images_by_path_are_read_from_the_folder(tmp_path: Path) -> None:
     row = {"images": [{"bytes": None, "path": "pictures/one.png"}], "problem": "<image>x?", "answer": "1"}
     files = {"train.parquet": as_parquet([row]), "test.parquet": as_parquet([row]), "pictures/one.png": picture()}
     folder = prepare(folder_config(write_files(tmp_path / "source", files)), tmp_path / "cache")
-    assert read(folder, "train")[0]["images"][0]["bytes"] == picture()
+    assert read_split(folder, "train")[0]["images"][0]["bytes"] == picture()
 
 
 def test_rows_without_images_are_questions_in_text(tmp_path: Path) -> None:
     files = {name: as_parquet([{"images": [], "problem": "2+2?", "answer": "4"}]) for name in ("a.parquet",)}
     files = {"train.parquet": files["a.parquet"], "test.parquet": files["a.parquet"]}
     folder = prepare(folder_config(write_files(tmp_path / "source", files), instruction=""), tmp_path / "cache")
-    assert read(folder, "train")[0]["prompt"][0]["content"] == "2+2?"
-
-
-def without(*names: str) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
-    return lambda files: {name: data for name, data in files.items() if not any(part in name for part in names)}
-
-
-def columns_renamed(files: dict[str, bytes]) -> dict[str, bytes]:
-    import io
-
-    import pyarrow as pa
-
-    out = io.BytesIO()
-    pq.write_table(pa.table({"question": ["x?"], "solution": ["1"]}), out)
-    return {"train.parquet": out.getvalue(), "test.parquet": out.getvalue()}
-
-
-def cut_off(files: dict[str, bytes]) -> dict[str, bytes]:
-    name = "data/train-00000-of-00001.parquet"
-    return files | {name: files[name][:-100]}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without("parquet"), "has no parquet files; it should hold one or more per split"),
-        (
-            without("test", "README"),
-            r"no rows in split test, which the run needs; it has train \(20 rows\), validation \(4 rows\)",
-        ),
-        (without("train", "README"), "no rows in split train"),
-        (columns_renamed, "has no column images and problem and answer; it has question, solution"),
-        (cut_off, "cannot be opened"),
-    ],
-)
-def test_unusable_folders_are_explained(
-    tmp_path: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        prepare(folder_config(write_files(tmp_path / "source", change(hub_files()))), tmp_path / "cache")
-
-
-def test_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.source\.path=.*/nowhere is not a folder"):
-        data_key(folder_config(tmp_path / "nowhere"))
+    assert read_split(folder, "train")[0]["prompt"][0]["content"] == "2+2?"
 
 
 def test_full_disk_is_one_sentence_and_nothing_half_written_stays(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from benchmarks.dynamic_sampling import constant, simulate, swinging
 from dapo.algo.groups import GroupBuffer, Stage, Verdict, judge
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
-from dapo.records import group_from_plain, group_to_plain
-from dapo.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup, Scored, TimedOut, Truncated
 from tests.records import group
 
 verdict_lists = st.lists(st.sampled_from([True, False, False, None]), min_size=2, max_size=4)
@@ -115,50 +113,6 @@ def test_no_step_trains_on_a_group_older_than_allowed(
         buffer.add([group(f"p{version}.{i}", a, version=version) for i, a in enumerate(answers)])
         if len(buffer):
             assert all(version - g.policy_version <= max_staleness for g in buffer.take())
-
-
-texts = st.text(max_size=5)
-outcomes = st.one_of(
-    st.builds(Scored, st.booleans(), st.floats(allow_nan=False), st.floats(allow_nan=False), texts),
-    st.builds(TimedOut, st.floats(0, 9)),
-    st.builds(Truncated, st.builds(Scored, st.booleans())),
-)
-ids = st.lists(st.integers(0, 2**31), max_size=4).map(tuple)
-prompts = st.builds(
-    Prompt,
-    id=texts,
-    token_ids=ids,
-    images=st.lists(st.binary(max_size=9), max_size=2).map(tuple),
-    image_grids=st.lists(st.tuples(*[st.integers(1, 99)] * 3), max_size=2).map(tuple),
-    answer=texts,
-    question=texts,
-    tags=st.lists(texts, max_size=2).map(tuple),
-)
-completions = st.builds(
-    Completion,
-    token_ids=ids,
-    logprobs=st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
-    finish_reason=st.sampled_from(FinishReason),
-    policy_version=st.integers(0, 9),
-    experts=st.binary(max_size=6),
-)
-rollouts = st.builds(
-    Rollout, prompt_id=texts, sample=st.integers(0, 9), completion=completions, outcome=outcomes, text=texts
-)
-rewards = st.lists(st.none() | st.floats(allow_nan=False), max_size=3).map(tuple)
-groups = st.builds(
-    RolloutGroup,
-    prompt=prompts,
-    rollouts=st.lists(rollouts, max_size=3).map(tuple),
-    rewards=rewards,
-    serial=st.integers(0, 9),
-)
-
-
-@settings(deadline=None, max_examples=50)
-@given(groups)
-def test_every_record_survives_json_to_the_last_bit(record: RolloutGroup) -> None:
-    assert group_from_plain(json.loads(json.dumps(group_to_plain(record)))) == record
 
 
 @pytest.mark.parametrize(

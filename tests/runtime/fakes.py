@@ -10,8 +10,12 @@ import hashlib
 import json
 from pathlib import Path
 
+from dapo.config import io
 from dapo.errors import EngineError
+from dapo.observe.journal import Journal, read
+from dapo.observe.layout import RunFolder
 from dapo.rollout.engine import collected, prompts_needed
+from dapo.runtime.controller import Controller
 from dapo.runtime.generation import Text
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, Finished, FinishReason, Prompt, Scored, TimedOut
@@ -126,3 +130,35 @@ class Judge:
 
     def score(self, items):
         return [TimedOut(5.0) if self.broken else Scored(response == answer, 1.0) for response, answer in items]
+
+
+def make(tmp_path, *, skill=0.5, engine=None, judge=None, questions=40, **tree):
+    train = {"steps": 4, "test_freq": 2, "save_freq": 2, **tree.pop("train", {})}
+    batch = {"prompts_per_step": 4, "prompts_per_update": 2, "group_size": 4, "max_response_tokens": 8}
+    base = {"run_root": str(tmp_path), "train": train, "batch": batch, "data": {"max_prompt_tokens": 16}}
+    config = io.validate(base | tree)
+    folder = RunFolder.of(config)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    policy, engine = Bandit(skill), engine or ScriptedEngine()
+    policy.engine = engine
+    controller = Controller(
+        config,
+        folder,
+        Journal(folder.journal),
+        policy,
+        engine,
+        judge or Judge(),
+        prompts(questions),
+        prompts(20, "test"),
+        text(),
+    )
+    return controller, policy, folder
+
+
+def kinds(folder):
+    return [(e.kind, e.step) for e in read(folder.journal) if e.kind in ("step", "validation", "checkpoint", "ended")]
+
+
+def without_checkpoints(folder):
+    """In order; when a checkpoint is noticed to be whole is another matter."""
+    return [found for found in kinds(folder) if found[0] != "checkpoint"]

@@ -2,45 +2,9 @@
 
 import pytest
 
-from dapo.config import io
-from dapo.data.loader import PromptLoader
 from dapo.errors import CheckpointError, EngineError, RewardError
-from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
-from dapo.runtime.controller import Controller
-from tests.runtime.fakes import Bandit, Judge, ScriptedEngine, prompts, text
-
-
-def make(tmp_path, *, skill=0.5, engine=None, judge=None, questions=40, **tree):
-    train = {"steps": 4, "test_freq": 2, "save_freq": 2, **tree.pop("train", {})}
-    batch = {"prompts_per_step": 4, "prompts_per_update": 2, "group_size": 4, "max_response_tokens": 8}
-    base = {"run_root": str(tmp_path), "train": train, "batch": batch, "data": {"max_prompt_tokens": 16}}
-    config = io.validate(base | tree)
-    folder = RunFolder.of(config)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    policy, engine = Bandit(skill), engine or ScriptedEngine()
-    policy.engine = engine
-    controller = Controller(
-        config,
-        folder,
-        Journal(folder.journal),
-        policy,
-        engine,
-        judge or Judge(),
-        prompts(questions),
-        prompts(20, "test"),
-        text(),
-    )
-    return controller, policy, folder
-
-
-def kinds(folder):
-    return [(e.kind, e.step) for e in read(folder.journal) if e.kind in ("step", "validation", "checkpoint", "ended")]
-
-
-def without_checkpoints(folder):
-    """In order; when a checkpoint is noticed to be whole is another matter."""
-    return [found for found in kinds(folder) if found[0] != "checkpoint"]
+from dapo.observe.journal import read
+from tests.runtime.fakes import Judge, ScriptedEngine, kinds, make, without_checkpoints
 
 
 def test_a_run_validates_trains_saves_and_ends_in_order(tmp_path):
@@ -237,9 +201,6 @@ def test_kl_in_reward_lowers_rewards_before_the_advantage(tmp_path):
     assert first[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"] - 0.1 * 2 * 0.25)
 
 
-CORRECTED = {"correction": {"kind": "truncate"}}
-
-
 def test_an_engine_that_slept_proves_itself_in_every_step(tmp_path):
     controller, _, folder = make(tmp_path, rollout={"probe_every": 0})
     controller.engine.wake = lambda: controller.at.step > 1
@@ -268,136 +229,6 @@ def test_an_engine_beside_the_trainer_that_dies_in_a_sync_is_replaced_and_gets_e
     assert versions == [0, 1, 1, 2, 3, 4]
     assert controller.engine.restarts == 1
     assert [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"] == ["engine_restarted"]
-
-
-def test_what_an_engine_had_written_when_it_died_is_kept(tmp_path):
-    controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=(3,)))
-    begun = []
-    stream = controller.engine.stream
-    controller.engine.stream = lambda prompts, params, before=(): (
-        begun.append(before) or stream(prompts, params, before)
-    )
-    assert controller.run() == "finished"
-    after_the_death = next(before for before in begun[3:] if before)  # the probe of the new engine begins nothing
-    assert any(all(one is not None for one in group) for group in after_the_death)
-    assert any(all(one is None for one in group) for group in after_the_death)
-
-
-def test_partial_rollouts_lose_no_prompt_and_carry_a_version_per_segment(tmp_path):
-    controller, _, _ = make(
-        tmp_path, rollout={"finish_share": 0.5}, algorithm=CORRECTED, train={"steps": 6, "epochs": 1}
-    )
-    seen = []
-    add = controller.sampling.buffer.add
-    controller.sampling.buffer.add = lambda groups: seen.extend(groups) or add(groups)
-    assert controller.run() == "finished"
-    ids = [group.prompt.id for group in seen]
-    assert len(ids) == len(set(ids))
-    left_open = {group.prompt.id for group in controller.generation.open}
-    asked = PromptLoader(40, controller.config.seed, 1).take(len(ids) + len(left_open))
-    assert set(ids) | left_open == {f"train/{i}" for i in asked}
-    continued = [r.completion for g in seen for r in g.rollouts if r.completion.versions]
-    assert continued
-    assert all(c.versions == ((v := c.policy_version, 1), (v + 1, 1)) for c in continued)
-
-
-def test_a_killed_run_continues_its_unfinished_responses(tmp_path):
-    tree = {"rollout": {"finish_share": 0.5}, "algorithm": CORRECTED}
-    straight, straight_policy, _ = make(tmp_path / "straight", **tree)
-    straight.run()
-    first, _, _ = make(tmp_path / "killed", **tree, train={"steps": 2})
-    first.run()
-    assert first.generation.open
-    again, policy, _ = make(tmp_path / "killed", **tree)
-    assert again.run() == "finished"
-    assert policy.trained == straight_policy.trained[4:]
-
-
-def test_a_small_data_set_is_seen_whole_in_every_epoch_with_partial_rollouts(tmp_path):
-    tree = {"algorithm": CORRECTED | {"sampling": {"revisit": 1.0}}, "train": {"steps": 50, "epochs": 6}}
-    controller, _, _ = make(tmp_path, questions=6, rollout={"finish_share": 0.3}, **tree)
-    seen = []
-    add = controller.sampling.buffer.add
-    controller.sampling.buffer.add = lambda groups: seen.extend(g.prompt.id for g in groups) or add(groups)
-    controller.run()
-    assert {seen.count(f"train/{i}") for i in range(6)} == {6}
-
-
-AHEAD = {"rollout": {"ahead": True, "devices": 1}}
-
-
-def test_generating_ahead_trains_every_step_on_groups_one_version_old(tmp_path):
-    controller, policy, folder = make(tmp_path, **AHEAD)
-    versions = []
-    take = controller.sampling.buffer.take
-
-    def taken():
-        groups = take()
-        versions.append({group.policy_version for group in groups})
-        return groups
-
-    controller.sampling.buffer.take = taken
-    assert controller.run() == "finished"
-    assert len(policy.trained) == 8
-    assert versions[0] == {0}
-    assert all(max(found) == step - 1 for step, found in enumerate(versions[1:], start=1))
-    assert kinds(folder)[-2:] == [("checkpoint", 4), ("ended", 4)]
-
-
-def test_a_killed_run_that_generates_ahead_trains_on_what_was_generated(tmp_path):
-    straight, straight_policy, _ = make(tmp_path / "straight", **AHEAD)
-    straight.run()
-    stopped, _, folder = make(tmp_path / "killed", **AHEAD)
-    step = stopped.step
-
-    def ask_after_two():
-        step()
-        if stopped.at.step == 2:
-            folder.stop_request.write_text("asked by a test")
-
-    stopped.step = ask_after_two
-    assert stopped.run() == "stopped"
-    folder.stop_request.unlink()
-    again, policy, _ = make(tmp_path / "killed", **AHEAD)
-    assert again.run() == "finished"
-    assert policy.trained == straight_policy.trained[4:]
-
-
-def test_a_stop_is_heard_while_the_next_step_is_written(tmp_path):
-    controller, policy, folder = make(tmp_path, skill=0.0, **AHEAD, train={"steps": 4, "save_freq": 0})
-    update, collect = policy.update, controller.sampling.collect
-
-    def first_step(version):
-        policy.skill = controller.engine.skill = 0.5
-        found = collect(version)
-        controller.engine.skill = 0.0  # nothing is kept from now on: the next step is never full
-        return found
-
-    def stop(batch, plan, index):
-        folder.stop_request.write_text("asked by a test")
-        return update(batch, plan, index)
-
-    controller.sampling.collect, policy.update = first_step, stop
-    assert controller.run() == "stopped"
-    assert kinds(folder)[-2:] == [("checkpoint", 1), ("ended", 1)]
-
-
-def test_restarts_ahead_of_a_step_have_the_same_budget(tmp_path):
-    with pytest.raises(EngineError, match="died"):
-        make(tmp_path, engine=ScriptedEngine(fail_at=(4,)), rollout=AHEAD["rollout"] | {"restarts": 0})[0].run()
-
-
-def test_an_engine_that_dies_ahead_of_its_step_is_restarted_when_the_trainer_has_its_weights(tmp_path):
-    healthy, healthy_policy, _ = make(tmp_path / "a", **AHEAD)
-    healthy.run()
-    # Calls: probe, validation, step 1, then step 2 ahead of its time.
-    controller, policy, folder = make(tmp_path / "b", engine=ScriptedEngine(fail_at=(4,)), **AHEAD)
-    assert controller.run() == "finished"
-    assert controller.engine.restarts == 1
-    alarms = [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"]
-    assert alarms == ["engine_restarted"]
-    assert sorted(policy.trained[0]) == sorted(healthy_policy.trained[0])
-    assert len(policy.trained) == 8
 
 
 def test_time_between_two_steps_is_told_with_the_later_one(tmp_path):

@@ -19,7 +19,7 @@ from dapo.observe.journal import Journal, read
 from dapo.observe.layout import REGISTERED, RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.mirror import Mirror, require_unused, restore_records
-from tests.runtime.test_controller import kinds, make
+from tests.runtime.fakes import kinds, make
 from tests.storages import S3, s3_folder, s3_variables
 
 

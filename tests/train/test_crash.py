@@ -13,7 +13,7 @@ from dapo.observe.layout import RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.checkpoints import Checkpoints
 from tests.model.tiny import make_batch, make_folder
-from tests.train.test_policy import make_policy, step, weights_of
+from tests.train.policies import make_policy, step, weights_of
 
 WRITES = ("open", "os.mkdir", "os.rename", "shutil.copyfile")
 

@@ -20,8 +20,8 @@ from dapo.train.sync import WeightSync
 from tests.model.tiny import TinyProcessor, make_batch, make_folder
 from tests.rollout import small
 from tests.rollout.test_broadcast import free_address
+from tests.train.policies import step
 from tests.train.reference import run_config
-from tests.train.test_policy import step
 
 LAYER = "model.language_model.layers.0"
 
