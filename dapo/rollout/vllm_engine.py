@@ -115,6 +115,9 @@ class VllmEngine:
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.platform == "cpu":
             arguments["kv_cache_memory_bytes"] = kv_cache_mib * 2**20
+            # The smallest that vLLM has kernels for: the samples of a prompt share whole blocks of it only, and its own
+            # choice, 128, is longer than many prompts are.
+            arguments["block_size"] = 32
             # A prompt prefilled in part takes back its request's random number, which CPU generators cannot
             # ("CPU Generator does not use offset", 0.32): so prompts are prefilled whole there.
             arguments["max_num_batched_tokens"] = max(4096, max_model_len)
