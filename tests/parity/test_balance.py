@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from dapo.errors import DataError
-from dapo.plan.partition import Parts, fill_bins
+from dapo.plan.partition import Parts, balanced_partition, fill_bins, micro_batches
 from tests.parity.cases import Case
 
 
@@ -29,34 +29,32 @@ def workload(length: int) -> int:
     return 24576 * length + length * length
 
 
-def evened(lengths: Sequence[int], count: int) -> Parts:
-    """`count` parts of even length, with nothing else to respect."""
-    parts = fill_bins(lengths, lengths, max(sum(lengths), 1), at_least=count)
-    assert_covers(parts, len(lengths))
-    assert len(parts) == count
-    return parts
-
-
 @pytest.mark.golden("08_seqlen_partition")
 def test_partitions_are_no_less_even(case: Case) -> None:
-    """With `equal_size` the reference makes parts of equally many sequences; ours never have to be."""
-    lengths, k = case.inputs["lengths"], case.inputs["k"]
+    lengths, k, equal_size = case.inputs["lengths"], case.inputs["k"], case.inputs["equal_size"]
     if "error" in case.out:
-        assert len(lengths) < k or len(lengths) % k  # a part stays empty, or sizes differ: both fine with packs
-        evened(lengths, k)
+        with pytest.raises(DataError):
+            balanced_partition(lengths, k, equal_size=equal_size)
         return
-    parts = evened(lengths, k)
+    parts = balanced_partition(lengths, k, equal_size=equal_size)
+    assert_covers(parts, len(lengths))
+    assert len(parts) == k
     assert all(parts)
+    if equal_size:
+        assert {len(part) for part in parts} == {len(lengths) // k}
     assert spread(lengths, parts) <= case.out["max_minus_min"]
 
 
 @pytest.mark.golden("08_balance_batch")
 def test_ranks_are_no_less_even(case: Case) -> None:
     lengths, ranks = case.inputs["lengths"], case.inputs["dp_size"]
-    parts = evened(lengths, ranks)
     if "error" in case.out:
-        assert len(lengths) % ranks
+        with pytest.raises(DataError):
+            balanced_partition(lengths, ranks, equal_size=True)
         return
+    parts = balanced_partition(lengths, ranks, equal_size=True)
+    assert_covers(parts, len(lengths))
+    assert {len(part) for part in parts} == {len(lengths) // ranks}
     metrics = case.out["metrics"]
     reference = metrics["global_seqlen/balanced_max"] - metrics["global_seqlen/balanced_min"]
     assert spread(lengths, parts) <= reference
@@ -67,18 +65,18 @@ def test_micro_batches_keep_the_limit_and_are_no_more_and_no_less_even(case: Cas
     given, out = case.inputs, case.out
     lengths, limit = given["lengths"], given["max_token_len"]
     options = {"multiple_of": given["num_batches_divided_by"] or 1, "at_least": given["min_num_micro_batch"] or 1}
-    costs = [workload(n) for n in lengths]
-    if max(lengths) > limit:
+    # The reference refuses a limit below its padded width; nothing of ours is padded.
+    if "error" in out and (limit >= given["padded_width"] or max(lengths) > limit):
         with pytest.raises(DataError):
-            fill_bins(lengths, costs, limit, **options)
+            micro_batches(lengths, limit, **options)
         return
-    parts = fill_bins(lengths, costs, limit, **options)
+    costs = [workload(n) for n in lengths]
+    parts = micro_batches(lengths, limit, costs=costs, **options)
     assert_covers(parts, len(lengths))
-    assert all(parts) or len(lengths) < options["at_least"]  # empty ones become filler packs; the reference fails
+    assert all(parts)
     assert within(lengths, parts, limit)
     assert len(parts) % options["multiple_of"] == 0
     assert len(parts) >= options["at_least"]
-    # The reference also refuses a limit below its padded width; nothing of ours is padded.
     if "error" in out or out["exceeds_limit"]:
         return
     assert len(parts) <= out["num_micro_batches"]
@@ -89,7 +87,7 @@ def test_micro_batches_keep_the_limit_and_are_no_more_and_no_less_even(case: Cas
 @pytest.mark.golden("08_dynamic_batch_dp")
 def test_ranks_agree_on_a_count(case: Case) -> None:
     by_rank, limit, out = case.inputs["lengths_by_rank"], case.inputs["max_token_len"], case.out
-    own = [len(fill_bins(lengths, lengths, limit)) for lengths in by_rank]
+    own = [len(micro_batches(lengths, limit)) for lengths in by_rank]
     # A rank with too few sequences gets empty bins (filler packs), where the reference fails.
     same = [fill_bins(lengths, lengths, limit, at_least=max(own)) for lengths in by_rank]
     assert {len(parts) for parts in same} == {max(own)}
