@@ -84,6 +84,14 @@ def process_group(device: torch.device, store: Any, rank: int, size: int, timeou
     return ProcessGroupHCCL(store, rank, size, options)
 
 
+def abort_process_group(device: torch.device, group: Any) -> None:
+    """Leave a group of `process_group`, whatever became of its other members; what is under way in it fails."""
+    if device.type == "npu":
+        group.abort_hccl_comm("left by its member")  # torch_npu's; torch's `abort` is not bound there
+    else:
+        group.abort()
+
+
 def release_cached_memory(device: torch.device) -> None:
     """Give memory that torch keeps for itself back to the device, for the engine that shares it."""
     import torch

@@ -23,8 +23,10 @@ If an engine process dies, the group is broken: `close()` what is left of it, ma
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,15 +52,16 @@ class Broadcast:
     """
 
     def __init__(
-        self, rendezvous: str, member: int, members: int, device: torch.device | str = "cpu", deadline_s: float = 600.0
+        self, rendezvous: str, member: int, members: int, device: torch.device | str = "cpu", deadline_s: float = 300.0
     ) -> None:
         self.device, self.member = torch.device(device), member
-        self._ended, self._broken = True, False
+        self._ended, self._broken, self._deadline_s = True, False, deadline_s
         host, _, port = rendezvous.rpartition(":")
         timeout = timedelta(seconds=deadline_s)
         try:
             store = dist.TCPStore(host, int(port), members, is_master=member == 0, timeout=timeout)
-            self._group = devices.process_group(self.device, store, member, members, timeout)
+            spare = timedelta(seconds=0 if self.device.type == "cpu" else _LIBRARY_S)
+            self._group = devices.process_group(self.device, store, member, members, timeout + spare)
         except RuntimeError as error:
             raise EngineError(
                 f"weight sync: member {member} of {members} did not reach all others at {rendezvous} within "
@@ -92,6 +95,7 @@ class Broadcast:
             EngineError: the sender broke off or is gone, a bucket was lost on the way, or the engine's own.
         """
         unchanged = frozenset(json.loads(self._exchange_bytes(None)))
+        self._ended = False  # here: an engine that refuses at once never starts the iterator
         weights = self._weights()
         try:
             take(weights, unchanged)
@@ -102,11 +106,11 @@ class Broadcast:
             pass
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; what another thread still waits for in it fails."""
+        devices.abort_process_group(self.device, self._group)
         del self._group, self._store
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        self._ended = False
         unpacker = Unpacker()
         while header := self._next_header():
             unpacker.check(header)
@@ -141,9 +145,22 @@ class Broadcast:
         self._exchange(content)
         return content.cpu().numpy().tobytes()
 
+    def _wait_for_device(self, work: Any) -> None:
+        """Until a collective ended on the device. `wait` would only enqueue it there and return; a dead peer would then
+        block the next copy to the host until the library's watchdog ends this process."""
+        until = time.monotonic() + self._deadline_s
+        while not work.is_completed():
+            if time.monotonic() > until:
+                devices.abort_process_group(self.device, self._group)
+                raise RuntimeError(f"no answer within {self._deadline_s:.0f} s")
+            time.sleep(_POLL_S)
+
     def _exchange(self, tensor: Tensor) -> None:
         try:
-            self._group.broadcast([tensor], _FROM_MEMBER_0).wait()
+            work = self._group.broadcast([tensor], _FROM_MEMBER_0)
+            if self.device.type != "cpu":
+                self._wait_for_device(work)
+            work.wait()
         except RuntimeError as error:
             self._broken = True
             lost = "the trainer" if self.member else "an engine"
@@ -165,4 +182,7 @@ class _Carrier:
             self._to._exchange(buffer)
 
 
+_POLL_S = 0.0005
+_LIBRARY_S = 60.0
+"""The device library's own deadline is this much longer than ours: its watchdog ends the process."""
 _FROM_MEMBER_0 = dist.BroadcastOptions()  # root rank and root tensor are 0

@@ -21,8 +21,10 @@ from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Finished, PackPlan, Prompt, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from dapo.rollout.broadcast import Broadcast
     from dapo.train.sync import Sent
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class _Actor:
     config: RunConfig
     rank: int
     engine: Engine
+    broadcast: Broadcast | None = None
     _make_engine: Callable[[], Engine]
 
     def rendezvous(self) -> str:
@@ -63,6 +66,15 @@ class _Actor:
                 yield ended
                 ended, sent = [], time.monotonic()
         yield ended
+
+    def _join(self, rendezvous: str, member: int, members: int, device: torch.device) -> None:
+        """Join a group for weights; the one before it, in which a member may have died, is left first."""
+        from dapo.rollout.broadcast import Broadcast
+
+        if self.broadcast is not None:
+            self.broadcast.close()
+            self.broadcast = None
+        self.broadcast = Broadcast(rendezvous, member, members, device)
 
     def sleep(self) -> None:
         self.engine.sleep()
@@ -128,9 +140,7 @@ class Trainer(_Actor):
 
     def join(self, rendezvous: str, members: int) -> None:
         """Rank 0: the group through which engines on devices of their own get their weights."""
-        from dapo.rollout.broadcast import Broadcast
-
-        self.broadcast = Broadcast(rendezvous, 0, members, self.policy.device)
+        self._join(rendezvous, 0, members, self.policy.device)
 
     def forget_engines(self) -> None:
         """Other engines than before: the next sync sends everything."""
@@ -140,6 +150,7 @@ class Trainer(_Actor):
         """Weights to the engines on devices of their own; collective."""
 
         def to_all(weights: Iterator[tuple[str, Tensor]], unchanged: frozenset[str]) -> None:
+            assert self.broadcast is not None
             self.broadcast.send(weights, unchanged, self.weight_sync.bucket_bytes)
 
         return self.weight_sync.send(to_all if self.rank == 0 else None)
@@ -194,11 +205,10 @@ class Generator(_Actor):
 
     def join(self, rendezvous: str, members: int) -> None:
         """The group through which the trainer's weights come; the trainer's rank 0 is member 0."""
-        from dapo.rollout.broadcast import Broadcast
-
-        self.broadcast = Broadcast(rendezvous, 1 + self.rank, members, self.device)
+        self._join(rendezvous, 1 + self.rank, members, self.device)
 
     def receive(self, version: int) -> dict[str, float]:
         """One sync; returns the engine's fingerprint."""
+        assert self.broadcast is not None
         self.broadcast.receive(lambda weights, unchanged: self.engine.update_weights(weights, version, unchanged))
         return self.engine.fingerprint()

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,12 @@ class Checkpoints:
             self._failed(writing.step, error)
             return
         self._writing, self.failure, self._newest = None, None, writing.step
-        best_path = best(self.folder)
-        prune(self.folder, self.keep, best_path)
-        self._tell(path, best_path, seconds=time.perf_counter() - writing.started, waited=writing.waited)
-        self._whole(path)
+        with self._alarmed(writing.step, "checkpoint_prune", f"{path} is whole, but an older one could not be removed"):
+            prune(self.folder, self.keep, best(self.folder))
+        with self._alarmed(writing.step, "checkpoint_after", f"{path} is whole, but what follows a checkpoint failed"):
+            seconds = time.perf_counter() - writing.started
+            self._tell(path, best(self.folder), seconds=seconds, waited=writing.waited)
+            self._whole(path)
 
     def finish(self) -> None:
         """Wait for the checkpoint being written.
@@ -135,8 +138,19 @@ class Checkpoints:
             waited=waited,
         )
 
+    @contextmanager
+    def _alarmed(self, step: int, name: str, message: str) -> Iterator[None]:
+        """What goes wrong here must not end a training whose checkpoint is good."""
+        try:
+            yield
+        except (OSError, ValueError, DapoError) as error:
+            self.journal.append("alarm", step, name=name, message=f"{message}: {type(error).__name__}: {error}")
+
     def _failed(self, step: int, error: OSError | DapoError) -> None:
         self._writing = None
+        with suppress(OSError, DapoError):
+            # A write of this checkpoint may go on beside the one that failed; its error is not the next one's.
+            self.policy.written(wait=True)
         shutil.rmtree(_temporary(self.folder, step), ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         self.failure = CheckpointError(

@@ -123,6 +123,22 @@ def test_an_engine_that_refuses_half_way_keeps_nobody_waiting(
     assert sync(members, trainer.named_parameters(), engines, 2) == [None] * 3
 
 
+def test_an_engine_that_refuses_before_the_first_tensor_keeps_nobody_waiting(
+    members: list[Broadcast], folder_of: Folders, processor_of: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = load_plain(folder_of("dense"))
+    engines = [TransformersEngine(folder_of("dense"), processor_of("dense")) for _ in range(2)]
+
+    def refuse(weights: Any, version: int, unchanged: Any) -> None:
+        raise EngineError("asleep")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines[0], "update_weights", refuse)
+        trained, refused, fine = sync(members, trainer.named_parameters(), engines, 1)
+    assert (trained, str(refused), fine) == (None, "asleep", None)
+    assert sync(members, trainer.named_parameters(), engines, 2) == [None] * 3
+
+
 def test_a_trainer_that_fails_half_way_tells_the_engines_why(
     members: list[Broadcast], folder_of: Folders, processor_of: Processors
 ) -> None:
@@ -252,6 +268,17 @@ def test_a_member_that_does_not_come_is_reported_within_the_deadline() -> None:
     with pytest.raises(EngineError, match=r"member 0 of 2 did not reach all others .* within 2 s"):
         Broadcast(free_address(), 0, 2, deadline_s=2)
     assert time.monotonic() - started < 30
+
+
+def test_leaving_a_group_ends_what_waits_in_it() -> None:
+    where = free_address()
+    with ThreadPoolExecutor(2) as pool:
+        trainer, engine = pool.map(lambda i: Broadcast(where, i, 2, deadline_s=60), range(2))
+        receiving = pool.submit(engine.receive, lambda weights, _: list(weights))
+        trainer.close()
+        with pytest.raises(EngineError, match="member 1 lost the trainer"):
+            receiving.result(timeout=30)
+        engine.close()
 
 
 RECEIVER = """

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 
 import pytest
 
@@ -159,6 +159,55 @@ def test_a_failed_one_is_an_alarm_that_loses_nothing_and_is_owed(tmp_path):
     saves.finish()
     assert not saves.owed
     assert checkpoints.newest(folder, pytest.fail) == folder.checkpoint(3)
+
+
+class FailsToExport(SlowPolicy):
+    """While the state is being written; that write fails as well, later."""
+
+    def export(self, folder):
+        self.writer = self.threads[0]
+        Timer(0.2, self.disk.set).start()
+        self.error = CheckpointError("the state's own error")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_fails_while_a_part_is_written_waits_for_it_and_leaves_nothing(tmp_path):
+    policy = FailsToExport()
+    folder, saves = make(tmp_path, policy)
+    saves.begin(1, {}, {})
+    assert not policy.writer.is_alive()
+    assert list(folder.checkpoints.iterdir()) == []
+    with pytest.raises(CheckpointError, match=r"step 1 .*No space left"):
+        saves.finish()
+    policy.export = lambda folder: SlowPolicy.export(policy, folder)
+    saves.begin(2, {}, {})
+    saves.finish()  # the error of the write before is not this one's
+    assert checkpoints.newest(folder, pytest.fail) == folder.checkpoint(2)
+    assert told(folder, "alarm") == [1]
+
+
+def test_what_fails_after_a_good_checkpoint_is_an_alarm(tmp_path, monkeypatch):
+    policy = SlowPolicy()
+    policy.disk.set()
+    folder = RunFolder(tmp_path)
+
+    def whole(path):
+        raise OSError(5, "mirror is gone")
+
+    def undeletable(path):
+        raise PermissionError(13, "not yours", str(path))
+
+    saves = Checkpoints(folder, Journal(folder.journal), policy, 1, whole)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", undeletable)
+    for step in (1, 2):
+        saves.begin(step, {}, {})
+        saves.finish()
+    assert not saves.owed
+    assert told(folder) == [1, 2]
+    alarms = [e.data for e in read(folder.journal) if e.kind == "alarm"]
+    assert [a["name"] for a in alarms] == ["checkpoint_after", "checkpoint_prune", "checkpoint_after"]
+    assert "mirror is gone" in alarms[0]["message"]
+    assert "step-000002 is whole, but an older one could not be removed: PermissionError" in alarms[1]["message"]
 
 
 def test_a_folder_that_cannot_be_made_is_owed_too(tmp_path):
