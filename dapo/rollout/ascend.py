@@ -30,6 +30,7 @@ def installed_version() -> Version:
 def engine_arguments(version: Version, *, eager: bool) -> dict[str, Any]:
     """Arguments of `vllm.LLM` besides those of every platform."""
     arguments: dict[str, Any] = {
+        # (`enable_reduce_sample` belongs here too and stays off, all versions: its log-probabilities are wrong.)
         # All versions: an update copies plain (ND) values into memory; read as FRACTAL_NZ they are other weights,
         # without an error. 0.23 refuses to wake up while NZ is on.
         "additional_config": {"weight_nz_mode": 0},
@@ -80,6 +81,7 @@ def keep_expert_layout_on_wake(worker: Any) -> None:
     """Before 0.27.1rc1 `wake_up` replaces expert weights by transposed views of themselves (vllm-ascend#11548).
 
     That fits only a plain reload that follows; after our layerwise reload, or with none, the layout is already right.
+    A plain reload is no way out: in 0.23 loading drops the experts' `weight_loader`, and a second one turns them again.
     """
     original = worker.wake_up
 

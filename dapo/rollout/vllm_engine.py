@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dapo.rollout.engine import Begun, collected
 from dapo.rollout.same_host import CudaIpc, SharedMemory
 from dapo.rollout.told_experts import expert_layers
 from dapo.rollout.transport import Carrier, send_weights
+from dapo.rollout.vllm_core import CoreWatch, child_processes
 from dapo.rollout.vllm_process import start_vllm, stop_vllm
 from dapo.rollout.vllm_requests import Requests
 from dapo.rollout.vllm_worker import to_checkpoint_names
@@ -46,6 +48,7 @@ class VllmEngine:
             process alone makes it. Weights then go through shared memory (CUDA: IPC).
         chunked_prefill: on accelerators; vLLM on CPU cannot, with a seed per request.
         max_images: per prompt.
+        answer_s: how long an engine in a process of its own may be silent before it is killed.
         tell_experts: completions say which experts were chosen (`Completion.experts`); not on CPU.
 
     Raises:
@@ -70,6 +73,7 @@ class VllmEngine:
         separate_process: bool = False,
         max_images: int = 4,
         tell_experts: bool = False,
+        answer_s: float = 600.0,
     ) -> None:
         self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
         if expert_parallel and tensor_parallel > 1 and self.platform == "cpu":
@@ -130,7 +134,12 @@ class VllmEngine:
             ascend.set_environment(version)
             arguments |= ascend.engine_arguments(version, eager=eager)
         self._owns_process_group = not torch.distributed.is_initialized()
+        mine = child_processes()
         self.llm = start_vllm(arguments, separate_process=separate_process)
+        self._core: CoreWatch | None = None
+        if separate_process:
+            started = child_processes() - mine
+            self._core = CoreWatch(self.llm.llm_engine.engine_core, sorted(started, key=str), answer_s)
         self._rpc("dapo_start", self.platform)
 
     @classmethod
@@ -164,7 +173,12 @@ class VllmEngine:
         if self._asleep:
             raise EngineError(f"generate was called while the engine sleeps ({', '.join(sorted(self._asleep))})")
         requests = Requests(
-            self.llm.llm_engine, self.processor, self.vocab_size, self.version, expert_layers=self._expert_layers
+            self.llm.llm_engine,
+            self.processor,
+            self.vocab_size,
+            self.version,
+            expert_layers=self._expert_layers,
+            asked=self._asked,
         )
         yield from requests.stream(prompts, params, begun)
 
@@ -190,8 +204,9 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(f"weight sync to version {version} failed: {type(error).__name__}: {error}") from error
         # Attention blocks and image features of the old weights must not be found again.
-        self.llm.reset_prefix_cache()
-        self.llm.llm_engine.reset_encoder_cache()
+        with self._asked():
+            self.llm.reset_prefix_cache()
+            self.llm.llm_engine.reset_encoder_cache()
         self.version = version
 
     def fingerprint(self) -> dict[str, float]:
@@ -205,7 +220,8 @@ class VllmEngine:
         if self.platform == "cpu" or self._asleep:
             return
         before = _free_bytes(self.platform)
-        self.llm.sleep(level=ascend.SLEEP_LEVEL)
+        with self._asked():
+            self.llm.sleep(level=ascend.SLEEP_LEVEL)
         self._asleep = frozenset({"weights", "kv_cache"})
         freed = _free_bytes(self.platform) - before
         log.info("engine asleep: %.2f GiB freed", freed / 2**30)
@@ -221,17 +237,25 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back; a new one may be made in this process afterwards."""
+        if self._core is not None:
+            self._core.close()
         stop_vllm(self.llm, owns_process_group=self._owns_process_group)
         del self.llm
 
     # workers
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
-        results: list[Any] = self.llm.collective_rpc(method, args=args)
+        with self._asked():
+            results: list[Any] = self.llm.collective_rpc(method, args=args)
         return results
 
+    def _asked(self) -> AbstractContextManager[None]:
+        """Round each call that waits for vLLM's answer."""
+        return nullcontext() if self._core is None else self._core.asked()
+
     def _wake(self, part: str) -> None:
-        self.llm.wake_up(tags=[part])
+        with self._asked():
+            self.llm.wake_up(tags=[part])
         self._asleep -= {part}
 
     def _carrier(self) -> Carrier:

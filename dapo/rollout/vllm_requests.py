@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from dapo.errors import EngineError
@@ -16,6 +18,9 @@ from dapo.types import Completion, Finished, FinishReason, Prompt, SamplingParam
 
 if TYPE_CHECKING:
     from dapo.data.processor import PromptProcessor
+
+
+_ROUNDS = count(1)
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Requests:
         engine: vLLM's `LLMEngine`.
         version: policy version that the engine holds.
         expert_layers: layers whose chosen experts the engine tells; completions pass them on.
+        asked: entered round each call that waits for vLLM's answer.
     """
 
     def __init__(
@@ -56,32 +62,41 @@ class Requests:
         version: int,
         *,
         expert_layers: Sequence[int] = (),
+        asked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.engine, self.processor, self.expert_layers = engine, processor, expert_layers
-        self.vocab_size, self.version = vocab_size, version
+        self.vocab_size, self.version, self._asked = vocab_size, version, asked
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> Iterator[Finished]:
         """See `Engine.stream`."""
         open_requests: dict[str, _Request] = {}
+        # A request that could not be aborted would be taken for one of the next round.
+        this_round = next(_ROUNDS)
         try:
             for number, request in enumerate(_requests(prompts, params, begun)):
                 # Whole outputs only, or every token as it comes: then what a request has written can be kept.
                 sampling = self._sampling(params, request, each_token=params.finish_share < 1)
-                open_requests[str(number)] = request
-                self.engine.add_request(str(number), self._inputs(request), sampling)
+                name = f"{this_round}-{number}"
+                open_requests[name] = request
+                with self._asked():
+                    self.engine.add_request(name, self._inputs(request), sampling)
             yield from self._run(open_requests, len(prompts), params)
-        except EngineError:
-            raise
-        except Exception as error:  # vLLM raises many kinds; whichever it is, this round has failed
+        except BaseException as error:
+            with suppress(Exception):  # an engine that died refuses this too, which would hide why
+                self.engine.abort_request(list(open_requests))
+            if isinstance(error, EngineError) or not isinstance(error, Exception):
+                raise
+            # vLLM raises many kinds; whichever it is, this round has failed.
             raise EngineError(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
-        finally:
-            self.engine.abort_request(list(open_requests))
+        self.engine.abort_request(list(open_requests))
 
     def _run(self, open_requests: dict[str, _Request], prompts: int, params: SamplingParams) -> Iterator[Finished]:
         missing = Counter(r.index for r in open_requests.values() for _ in range(r.samples))
         allowed = prompts - prompts_needed(prompts, params)
         while len(missing) > allowed:
-            for output in self.engine.step():
+            with self._asked():
+                outputs = self.engine.step()
+            for output in outputs:
                 request = open_requests[output.request_id]
                 for sample in output.outputs:
                     if sample.finish_reason is None:

@@ -303,7 +303,7 @@ def test_an_engine_killed_during_a_sync_is_noticed_and_a_new_group_serves_the_ne
 
     def sent() -> Iterator[tuple[str, Tensor]]:
         for i, item in enumerate(weights):
-            if i == 4:
+            if i == 3:  # bucket 0 is sent; the receiver takes no more than that
                 assert engine.stdout is not None
                 assert engine.stdout.readline() == b"started\n"
                 engine.send_signal(signal.SIGKILL)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
+import psutil
 import pytest
 import torch
 
@@ -24,6 +29,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from dapo.rollout import vllm_worker
 from dapo.rollout.vllm_engine import VllmEngine
+from dapo.rollout.vllm_process import remove_stale_shared_memory
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +147,42 @@ def test_tensor_parallel_processes_take_weights_through_shared_memory(
         assert not list(Path("/dev/shm").glob(f"dapo-weights-{os.getpid()}-*"))
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(("how", "says"), [("SIGKILL", "ended while it was needed"), ("SIGSTOP", "did not answer")])
+def test_an_engine_process_that_dies_or_hangs_is_an_error_and_a_new_one_starts(
+    how: str, says: str, folder_of: Folders, processor_of: Processors
+) -> None:
+    processor, trainer = processor_of("dense"), load_plain(folder_of("dense"))
+    prompts = make_prompts(processor, 3)
+    endless = sampling(processor, n=4, max_tokens=150, stop_token_ids=(), finish_share=0.99)
+    before = set(multiprocessing.active_children())
+    engine = start(folder_of("dense"), processor, separate_process=True, tensor_parallel=2)
+    engine.update_weights(trainer.named_parameters(), 1)
+    (core,) = set(multiprocessing.active_children()) - before
+    workers = psutil.Process(core.pid).children(recursive=True)
+    shared = {Path(m.path) for worker in workers for m in worker.memory_maps() if "cpushm" in m.path}
+    assert shared
+    assert engine._core is not None
+    engine._core._answer_s = 5.0  # starting takes longer on a busy machine
+    killer = Timer(0.3, os.kill, [core.pid, getattr(signal, how)])
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=says):
+        # Long enough for the signal to come while tokens are written.
+        [engine.generate(prompts, endless) for _ in range(100)]
+    assert time.monotonic() - started < 30
+    with pytest.raises(EngineError, match=says):
+        engine.update_weights(trainer.named_parameters(), 2)
+    engine.close()
+    assert not core.is_alive()
+    new = start(folder_of("dense"), processor, separate_process=True, tensor_parallel=2)
+    new.update_weights(trainer.named_parameters(), 1)
+    out = new.generate(prompts, sampling(processor, n=2))
+    assert largest_gap(trainer, processor, prompts, out, 0.8) < EXACT
+    new.close()
+    remove_stale_shared_memory()  # as the next start does
+    assert not [path for path in shared if path.exists()]
 
 
 @pytest.mark.parametrize(("kind", "tensor_parallel"), [("dense", 2), ("moe", 2), ("dense", 1)])

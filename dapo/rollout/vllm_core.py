@@ -1,0 +1,99 @@
+"""An engine in a process of its own that dies or hangs is an error, in time.
+
+vLLM (0.23 to 0.32) notices that its core process died, but whoever is waiting for an answer then waits for ever: the
+thread that would bring it ends without a word (`SyncMPClient`). There is no public way to end that wait, so two private
+attributes are used: `outputs_queue`, from which `step` reads, and `utility_results`, the futures of all other calls.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from threading import Event, Thread
+from typing import Any
+
+from dapo.errors import EngineError
+
+_LOOK_EVERY_S = 0.5
+
+
+def child_processes() -> set[BaseProcess]:
+    """Living processes that this one started."""
+    return set(multiprocessing.active_children())
+
+
+class CoreWatch:
+    """Watches the processes of one engine from a thread.
+
+    Args:
+        client: vLLM's `SyncMPClient`.
+        processes: those it started.
+        answer_s: a call that takes longer than this ends with the processes.
+    """
+
+    def __init__(self, client: Any, processes: Sequence[BaseProcess], answer_s: float) -> None:
+        self._client, self._processes, self._answer_s = client, list(processes), answer_s
+        self._asked: float | None = None
+        self._fate: str | None = None
+        self._closed = Event()
+        self._thread = Thread(target=self._watch, name="vllm-core-watch", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Round each call to vLLM.
+
+        Raises:
+            EngineError: the engine's process ended, or did not answer in time and was killed.
+        """
+        self._asked = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            if self._fate is None and not any(p.is_alive() for p in self._processes):
+                self._fate = self._death()
+            if self._fate is None:
+                raise
+            raise EngineError(self._fate) from error
+        finally:
+            self._asked = None
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            if not wait([p.sentinel for p in self._processes], timeout=_LOOK_EVERY_S):
+                self._kill_if_late()
+                continue
+            self._fate = self._fate or self._death()
+            self._release()
+            self._closed.wait(_LOOK_EVERY_S)  # and again: a call may have come in between
+
+    def _kill_if_late(self) -> None:
+        asked = self._asked
+        if asked is None or time.monotonic() - asked < self._answer_s:
+            return
+        pids = ", ".join(str(p.pid) for p in self._processes)
+        self._fate = f"vLLM's process {pids} did not answer within {self._answer_s:.0f} s and was killed; restart it"
+        for process in self._processes:
+            process.kill()
+
+    def _death(self) -> str:
+        ended = [f"{p.pid} (exit code {p.exitcode})" for p in self._processes if not p.is_alive()]
+        return f"vLLM's process {', '.join(ended)} ended while it was needed; out of memory? Restart it"
+
+    def _release(self) -> None:
+        """Let go whoever waits for an answer."""
+        if self._asked is None:
+            return
+        gone = EngineError(str(self._fate))
+        self._client.outputs_queue.put_nowait(gone)
+        for future in list(self._client.utility_results.values()):
+            if not future.done():
+                future.set_exception(gone)
