@@ -149,10 +149,10 @@ def test_tensor_parallel_processes_take_weights_through_shared_memory(
         engine.close()
 
 
-@pytest.mark.parametrize(("how", "says"), [("SIGKILL", "ended while it was needed"), ("SIGSTOP", "did not answer")])
-def test_an_engine_process_that_dies_or_hangs_is_an_error_and_a_new_one_starts(
-    how: str, says: str, folder_of: Folders, processor_of: Processors
+def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
+    folder_of: Folders, processor_of: Processors
 ) -> None:
+    says = "ended while it was needed"
     processor, trainer = processor_of("dense"), load_plain(folder_of("dense"))
     prompts = make_prompts(processor, 3)
     endless = sampling(processor, n=4, max_tokens=150, stop_token_ids=(), finish_share=0.99)
@@ -163,9 +163,7 @@ def test_an_engine_process_that_dies_or_hangs_is_an_error_and_a_new_one_starts(
     workers = psutil.Process(core.pid).children(recursive=True)
     shared = {Path(m.path) for worker in workers for m in worker.memory_maps() if "cpushm" in m.path}
     assert shared
-    assert engine._core is not None
-    engine._core._answer_s = 5.0  # starting takes longer on a busy machine
-    killer = Timer(0.3, os.kill, [core.pid, getattr(signal, how)])
+    killer = Timer(0.3, os.kill, [core.pid, signal.SIGKILL])
     killer.start()
     started = time.monotonic()
     with pytest.raises(EngineError, match=says):
