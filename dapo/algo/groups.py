@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import enum
 import math
-import random
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dapo.algo.revisit import Revisits
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
 from dapo.records import group_from_plain, group_to_plain
@@ -26,9 +26,6 @@ from dapo.types import RolloutGroup
 
 # The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.
 HALF_LIFE = 6.0
-
-# However often a prompt's groups agreed, it is asked again with at least probability revisit ** this.
-MOST_AGREED = 4
 
 
 class Verdict(enum.StrEnum):
@@ -134,7 +131,7 @@ class GroupBuffer:
         self._verdicts: Counter[Verdict] = Counter()
         self._count: Counter[str] = Counter()
         self._skipped = 0  # since the last round
-        self._agreed: dict[str, tuple[int, int]] = {}  # prompt id -> (agreed in a row, passed over since)
+        self._revisits = Revisits(1.0 if self._verl else config.revisit)
 
     def __len__(self) -> int:
         """Kept groups waiting to be trained on."""
@@ -178,15 +175,9 @@ class GroupBuffer:
 
     def asks(self, prompt_id: str) -> bool:
         """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""
-        if self._verl:
-            return True
-        agreed, passed_over = self._agreed.get(prompt_id, (0, 0))
-        chance = self.config.revisit ** min(agreed, MOST_AGREED)
-        if chance == 1 or random.Random(f"{prompt_id}/{agreed}/{passed_over}").random() < chance:
-            return True
-        self._agreed[prompt_id] = agreed, passed_over + 1
-        self._skipped += 1
-        return False
+        asks = self._revisits.asks(prompt_id)
+        self._skipped += not asks
+        return asks
 
     def next_round_size(self) -> int:
         """Prompts to take for the next round; 0: take no more, `take` the groups that there are."""
@@ -230,13 +221,9 @@ class GroupBuffer:
         self._seen_weight = self._seen_weight * decay + seen
         self._count["skipped"] += self._skipped
         self._skipped = 0
-        if self.config.revisit == 1 or self._verl:
-            return
         for group, verdict in zip(groups, verdicts, strict=True):
-            if verdict is Verdict.KEPT:
-                self._agreed.pop(group.prompt.id, None)
-            elif verdict is not Verdict.FAILED:
-                self._agreed[group.prompt.id] = self._agreed.get(group.prompt.id, (0, 0))[0] + 1, 0
+            if verdict is not Verdict.FAILED:
+                self._revisits.saw(group.prompt.id, agreed=verdict is not Verdict.KEPT)
 
     def _verdict(self, group: RolloutGroup) -> Verdict:
         # The rival keeps a group of one, whose advantage is its reward.
@@ -297,7 +284,7 @@ class GroupBuffer:
             "verdicts": {verdict.value: count for verdict, count in self._verdicts.items()},
             "counts": dict(self._count),
             "skipped": self._skipped,
-            "agreed": {prompt_id: list(counts) for prompt_id, counts in self._agreed.items()},
+            "agreed": self._revisits.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,4 +293,4 @@ class GroupBuffer:
         self._verdicts = Counter({Verdict(name): count for name, count in state["verdicts"].items()})
         self._count = Counter(state["counts"])
         self._skipped = state["skipped"]
-        self._agreed = {prompt_id: (agreed, passed) for prompt_id, (agreed, passed) in state["agreed"].items()}
+        self._revisits.load_state_dict(state["agreed"])

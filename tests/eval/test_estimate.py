@@ -7,7 +7,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo.eval.estimate import (
@@ -72,7 +72,6 @@ def test_no_prompts_have_no_accuracy() -> None:
     assert math.isnan(accuracy_interval([]).value)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
 def test_an_interval_holds_its_value_and_stays_between_0_and_1(accuracies: list[float]) -> None:
     interval = accuracy_interval(accuracies)

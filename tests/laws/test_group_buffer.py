@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.dynamic_sampling import constant, simulate, swinging
@@ -69,7 +69,6 @@ def reloaded(buffer: GroupBuffer) -> GroupBuffer:
     return copy
 
 
-@settings(deadline=None)
 @given(runs, configs, st.integers(1, 5))
 def test_no_group_is_lost_repeated_or_reordered(
     rounds: list[list[list[bool | None]]], config: SamplingFilterConfig, want: int
@@ -81,7 +80,6 @@ def test_no_group_is_lost_repeated_or_reordered(
     assert len(trace.kept) == len(trace.taken) + len(buffer) + trace.lost
 
 
-@settings(deadline=None)
 @given(runs, configs, st.integers(1, 5))
 def test_a_buffer_resumed_after_every_round_does_the_same(
     rounds: list[list[list[bool | None]]], config: SamplingFilterConfig, want: int
@@ -89,7 +87,6 @@ def test_a_buffer_resumed_after_every_round_does_the_same(
     assert run_steps(GroupBuffer(config, want), rounds) == run_steps(GroupBuffer(config, want), rounds, resume=True)
 
 
-@settings(deadline=None)
 @given(runs, configs, st.integers(1, 5))
 def test_state_round_trips_through_json(
     rounds: list[list[list[bool | None]]], config: SamplingFilterConfig, want: int
@@ -102,7 +99,6 @@ def test_state_round_trips_through_json(
     assert copy.next_round_size() == buffer.next_round_size()
 
 
-@settings(deadline=None)
 @given(runs, st.integers(0, 2), st.integers(1, 5))
 def test_no_step_trains_on_a_group_older_than_allowed(
     rounds: list[list[list[bool | None]]], max_staleness: int, want: int

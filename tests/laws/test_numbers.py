@@ -97,7 +97,7 @@ def test_kl_is_zero_at_equality_and_plus_changes_only_the_gradient(pairs: list[t
     torch.testing.assert_close(gradient, p - q)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.floats(0.1, 3.0), st.sets(st.integers(0, 9), max_size=4))
 def test_logprobs_and_entropy_are_those_of_the_sampling_distribution(seed: int, t: float, banned: set[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def test_gradients_of_logprobs_and_entropy_agree_with_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: logprobs_and_entropy(x, labels, 0.7, banned_ids=(1,)), (logits,))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(log_ratio, log_ratio, st.integers(0, 3)), min_size=1, max_size=12),
     st.sampled_from(["token", "sequence"]),

@@ -16,7 +16,6 @@ from tests.laws.updates import LOSSES, MAX_RESPONSE, MODES, configs, gradients, 
 EVERY_LOSS = (*LOSSES, ClipCovLossConfig(cov_low=0.0, share=0.5), KlCovLossConfig(share=0.5))
 
 
-@settings(deadline=None)
 @given(updates(), configs(), st.data())
 def test_every_split_over_ranks_and_packs_gives_the_same_gradient(
     batch: TokenBatch, config: AlgorithmConfig, data: st.DataObject
@@ -33,7 +32,7 @@ def test_every_split_over_ranks_and_packs_gives_the_same_gradient(
     torch.testing.assert_close(split_sums, whole_sums, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(updates(), st.sampled_from(EVERY_LOSS), st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
 def test_what_stands_in_untrained_sequences_never_matters(batch: TokenBatch, loss: object, rubbish: float) -> None:
     config = AlgorithmConfig(
@@ -76,7 +75,7 @@ def test_no_valid_token_gives_zero_and_is_counted(loss: object, lengths: list[in
             assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(updates(), configs())
 def test_a_filler_pack_changes_nothing(batch: TokenBatch, config: AlgorithmConfig) -> None:
     everything, totals = list(range(batch.trained.numel())), totals_of(batch)
@@ -88,7 +87,7 @@ def test_a_filler_pack_changes_nothing(batch: TokenBatch, config: AlgorithmConfi
     assert result.loss.item() == 0.0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(updates(), st.sampled_from(MODES), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_the_ratio_is_exactly_one_on_the_first_update(batch: TokenBatch, mode: str, dtype: torch.dtype) -> None:
     logprobs = batch.logprobs.detach().to(dtype).requires_grad_()

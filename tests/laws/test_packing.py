@@ -47,7 +47,6 @@ def tokens_of(batch: TrainBatch, pack: Pack) -> int:
     )
 
 
-@settings(deadline=None)
 @given(updates, st.integers(1, 5), st.booleans(), st.sampled_from([TOKENS_ONLY, TRANSFORMER]))
 def test_a_plan_covers_each_sequence_once_within_the_limit_and_evenly(
     sizes: list[list[tuple[int, list[int]]]], ranks: int, share: bool, cost: CostModel
@@ -66,7 +65,6 @@ def test_a_plan_covers_each_sequence_once_within_the_limit_and_evenly(
             assert all(len(segment.sequences) == 1 for segment in pack.segments)
 
 
-@settings(deadline=None)
 @given(updates, st.integers(1, 4))
 def test_planning_is_deterministic(sizes: list[list[tuple[int, list[int]]]], ranks: int) -> None:
     batch = make_batch(sizes)
@@ -155,7 +153,6 @@ def test_a_model_makes_a_cost_model() -> None:
 item_lists = st.lists(st.integers(0, 300), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(item_lists, st.integers(1, 8))
 def test_partitions_cover_and_are_never_empty(items: list[int], parts: int) -> None:
     if len(items) < parts:
@@ -168,14 +165,12 @@ def test_partitions_cover_and_are_never_empty(items: list[int], parts: int) -> N
     assert all(found)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=8), st.integers(1, 6))
 def test_equal_sizes_are_equal(sizes: list[int], parts: int) -> None:
     items = (sizes * parts)[: len(sizes) * parts]
     assert {len(part) for part in balanced_partition(items, parts, equal_size=True)} == {len(sizes)}
 
 
-@settings(deadline=None)
 @given(item_lists, st.integers(1, 3), st.integers(1, 4))
 def test_bins_keep_the_limit_and_their_number(items: list[int], multiple_of: int, at_least: int) -> None:
     bins = fill_bins(items, items, 300, multiple_of=multiple_of, at_least=at_least)
@@ -185,7 +180,7 @@ def test_bins_keep_the_limit_and_their_number(items: list[int], multiple_of: int
     assert len(bins) >= at_least
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(item_lists)
 def test_micro_batches_are_nearly_as_few_as_can_be(items: list[int]) -> None:
     fewest = -(-sum(items) // 300)

@@ -48,7 +48,7 @@ groups = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(groups)
 def test_every_record_survives_json_to_the_last_bit(record: RolloutGroup) -> None:
     assert group_from_plain(json.loads(json.dumps(group_to_plain(record)))) == record
