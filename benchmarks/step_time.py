@@ -1,12 +1,13 @@
 """Whole DAPO steps against TRL: generation, rewards, updates and weight sync, as trained responses per CPU second.
 
-    python -m benchmarks.step_time [--rounds 3] [--engine light|vllm|both] [--json FILE]
+    python -m benchmarks.step_time [--rounds 3] [--engine light|vllm|vllm-bf16|all] [--json FILE]
 
-Two pairs, each on the same small Qwen3-VL, the same 16 prompts with an image x 8 responses, every response 48 tokens
+Three pairs, each on the same small Qwen3-VL, the same 16 prompts with an image x 8 responses, every response 48 tokens
 long, four AdamW updates a step, float32, one thread, and a reward that is right half of the time and costs nothing:
 
     light: our engine on transformers      against TRL's GRPOTrainer with `generate()`
     vllm:  our engine on vLLM              against TRL's GRPOTrainer with vLLM in its process
+    vllm-bf16: the same, but we generate in bfloat16 too, as TRL's vLLM does by its own choice
 
 TRL lives in a virtual environment of its own (made at the first call), with torch, transformers and vLLM of this one.
 Each contestant is a process; a pair takes turns, step by step, and CPU seconds are counted from outside over the
@@ -35,7 +36,12 @@ from benchmarks.turns import Turns, trl_python
 from dapo.data.processor import PromptProcessor
 
 MAX_TOKENS = 48
-PAIRS = {"light": ("transformers", "generate"), "vllm": ("vllm", "vllm")}
+PAIRS = {
+    "light": ("transformers", "auto", "generate"),
+    "vllm": ("vllm", "auto", "vllm"),
+    "vllm-bf16": ("vllm", "bfloat16", "vllm"),
+}
+"""Our engine and its dtype, what TRL generates with."""
 # vLLM on CPU takes whole GiB for its cache, and may bind threads to cores that others use.
 TRL_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,8 +58,8 @@ def compare(engine: str, folder: Path, work: Path, rounds: int) -> dict[str, Any
     Raises:
         SystemExit: a contestant died, or they did not do the same work.
     """
-    ours_engine, trl_backend = PAIRS[engine]
-    ours = Turns("benchmarks.step_time_ours", (folder, work, ours_engine))
+    ours_engine, dtype, trl_backend = PAIRS[engine]
+    ours = Turns("benchmarks.step_time_ours", (folder, work, ours_engine, dtype))
     theirs = None
     try:
         theirs = Turns(
@@ -81,8 +87,8 @@ def compare(engine: str, folder: Path, work: Path, rounds: int) -> dict[str, Any
 def run(engines: list[str], rounds: int) -> list[dict[str, Any]]:
     """Print and return the result of each pair."""
     print(f"\nwhole steps: {PROMPTS} prompts with image x {GROUP} responses of {MAX_TOKENS} tokens, {UPDATES} updates")
-    print(f"{'':8}{'CPU s per step':>24}{'responses / CPU s':>24}{'TRL / ours':>28}")
-    print(f"{'':8}{'TRL':>12}{'ours':>12}{'TRL':>12}{'ours':>12}", flush=True)
+    print(f"{'':10}{'CPU s per step':>24}{'responses / CPU s':>24}{'TRL / ours':>28}")
+    print(f"{'':10}{'TRL':>12}{'ours':>12}{'TRL':>12}{'ours':>12}", flush=True)
     results = []
     with tempfile.TemporaryDirectory() as place:
         folder = make_model(Path(place))
@@ -92,7 +98,7 @@ def run(engines: list[str], rounds: int) -> list[dict[str, Any]]:
             result = compare(engine, folder, work, rounds)
             ours, trl, ratios = result["ours"], result["trl"], result["ratios"]
             print(
-                f"{engine:8}{trl['cpu_s']:12.2f}{ours['cpu_s']:12.2f}{trl['responses_per_cpu_s']:12.1f}"
+                f"{engine:10}{trl['cpu_s']:12.2f}{ours['cpu_s']:12.2f}{trl['responses_per_cpu_s']:12.1f}"
                 f"{ours['responses_per_cpu_s']:12.1f}{statistics.median(ratios):12.1f} "
                 f"({ratios[0]:.1f} to {ratios[-1]:.1f})",
                 flush=True,
@@ -106,10 +112,10 @@ def main() -> None:
         prog="python -m benchmarks.step_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each, after one that is not counted")
-    parser.add_argument("--engine", choices=[*PAIRS, "both"], default="both")
+    parser.add_argument("--engine", choices=[*PAIRS, "all"], default="all")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     args = parser.parse_args()
-    results = run(list(PAIRS) if args.engine == "both" else [args.engine], args.rounds)
+    results = run(list(PAIRS) if args.engine == "all" else [args.engine], args.rounds)
     if args.json:
         command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
         args.json.write_text(json.dumps({"command": command, "pairs": results}, indent=1) + "\n")

@@ -58,11 +58,11 @@ class Door:
 
 
 def main() -> None:
-    folder, work, engine = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    folder, work, engine, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     prompts = [_prompt(number, row, PromptProcessor(folder)) for number, row in enumerate(json.loads(work.read_text()))]
     with tempfile.TemporaryDirectory() as root, RewardPool("benchmarks.step_time_ours:grade") as rewards:
-        config = _config(engine, len(prompts), root)
+        config = _config(engine, dtype, len(prompts), root)
         run = RunFolder.of(config)
         run.root.mkdir(parents=True)
         worker = Trainer(config, rank=0, world=1)
@@ -101,7 +101,7 @@ def _did(run: RunFolder, prompts: list[Prompt]) -> dict[str, int]:
     }
 
 
-def _config(engine: str, prompts: int, root: str) -> RunConfig:
+def _config(engine: str, dtype: str, prompts: int, root: str) -> RunConfig:
     return config_io.validate(
         {
             "device": "cpu",
@@ -121,7 +121,7 @@ def _config(engine: str, prompts: int, root: str) -> RunConfig:
                 "max_response_tokens": MAX_TOKENS,
                 "tokens_per_pack": 3072,
             },
-            "rollout": {"engine": engine},
+            "rollout": {"engine": engine, "dtype": dtype},
             "train": {"epochs": 1_000_000},
         }
     )
