@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dapo.config import io
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout.told_experts import expert_layers, experts_of
 from tests.records import prompt
@@ -37,9 +36,3 @@ def test_a_sample_that_tells_too_little_is_refused() -> None:
     for routed in (None, np.zeros((1, 2, 2), dtype=np.uint8)):
         with pytest.raises(EngineError, match="router_replay=false"):
             experts_of(SimpleNamespace(token_ids=[1, 2], routed_experts=routed), asked, [0], first=True)
-
-
-def test_partial_rollouts_are_refused_with_router_replay() -> None:
-    tree = {"rollout": {"router_replay": True, "finish_share": 0.5}, "algorithm": {"correction": {"kind": "truncate"}}}
-    with pytest.raises(ConfigError, match=r"router_replay=true needs .*finish_share=0\.5 must be 1"):
-        io.validate(tree)
