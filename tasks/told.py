@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -39,6 +40,7 @@ from tasks.record import alarm_raised, log_checkpoint, record_validation
 
 log = logging.getLogger("dapo.tasks")
 
+_ANSWERS_S = 5.0
 _CONFIRM_EVERY_S = 3.0
 _LOST_S = 30.0
 """A server that answers has written down what it was sent so long ago, or has lost it."""
@@ -123,6 +125,8 @@ class Recorder:
         self._looked_at = time.monotonic()
         try:
             with get_client(sync_client=True) as client:
+                # Prefect's own requests are tried for minutes before they fail, and say nothing meanwhile.
+                httpx.get(str(client.api_url).rstrip("/") + "/health", timeout=_ANSWERS_S).raise_for_status()
                 written = _by_id(client, [one.future.task_run_id for one in done])
                 for one in done:
                     self._settle(client, one, written.get(one.future.task_run_id))
