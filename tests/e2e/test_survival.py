@@ -152,10 +152,17 @@ def test_prefect_shows_progress_links_summary_events_and_the_jobs_log(servers, s
     assert page in summary
     assert any(str(survivor.folder.report) in a["data"] for a in found["markdown"])
     events = {name: servers.events(f"dapo.{name}", survivor.folder.id) for name in EVENTS}
-    validated = Counter(e["payload"]["step"] for e in events["validation.completed"])
-    assert validated == Counter(range(0, STEPS + 1, 4))
-    assert len(events["checkpoint.saved"]) == 6
-    assert len(events["best.found"]) == sum(e.data["best"] for e in survivor.events("validation"))
+    wanted = {
+        "validation.completed": survivor.events("validation"),
+        "checkpoint.saved": survivor.events("checkpoint"),
+        "best.found": [e for e in survivor.events("validation") if e.data["best"]],
+    }
+    for name, told in wanted.items():
+        steps = [e["payload"]["step"] for e in events[name]]
+        assert len(set(steps)) == len(steps), "nothing is told twice"
+        assert set(steps) <= {e.step for e in told}
+        # Prefect holds an event in memory while it sends it: what was on its way when the server died is lost.
+        assert len(steps) >= len(told) - 1
     assert any("dapo.job" in line for line in servers.logs(survivor.id))
 
 
