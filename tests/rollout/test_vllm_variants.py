@@ -42,7 +42,7 @@ def start(folder: Path, processor: PromptProcessor, **more: object) -> VllmEngin
     return VllmEngine(folder, processor, max_model_len=256, max_num_seqs=32, kv_cache_mib=32, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["moe", "tied", "text"])
+@pytest.mark.parametrize("kind", ["tied", "text"])
 def test_twenty_updates_stay_exact(kind: str, folder_of: Folders, processor_of: Processors) -> None:
     processor, trainer = processor_of(kind), load_plain(folder_of(kind))
     engine = start(folder_of(kind), processor)
@@ -183,6 +183,7 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
     assert not [path for path in shared if path.exists()]
 
 
+@pytest.mark.nightly  # test_twenty_updates.py does the same with the real trainer
 @pytest.mark.parametrize(("kind", "tensor_parallel"), [("dense", 2), ("moe", 2), ("dense", 1)])
 def test_ranks_of_a_trainer_agree_with_it(kind: str, tensor_parallel: int, folder_of: Folders) -> None:
     """Two ranks: one engine over both, or a replica each with prompts of its own."""
