@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,3 +106,27 @@ def test_nccl_brings_weights_and_a_dead_peer_is_an_error_within_the_deadline() -
         link.send(iter(weights * 100), (), 2**20)
     link.close()  # and this process, with its other groups, lives on
     assert float(torch.ones(3, device="cuda:0").sum()) == 3.0
+
+
+@with_vllm
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_experts_spread_over_two_gpus_agree_with_the_trainer(folder_of: Folders) -> None:
+    port = free_address().rpartition(":")[2]
+    command = [sys.executable, "-m", "tests.rollout.tp_rank", str(folder_of("moe"))]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "2", port, "2", "cuda"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
+    assert results[0]["ids"] == results[1]["ids"]
+    assert max(gap for result in results for gap in result["gaps"]) < EXACT
