@@ -98,14 +98,6 @@ class SimulatedEngine:
             if now > one[1]:
                 yield self._finished(one, now, FinishReason.UNFINISHED)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        raise NotImplementedError("this engine only streams")
-
-    def restart(self) -> None:
-        raise NotImplementedError("this engine does not die")
-
-    sleep = wake = restart
-
     def _pass(self, seconds: float, busy: int) -> None:
         self.seconds += seconds
         self.place_seconds += seconds * PLACES

@@ -5,11 +5,8 @@ With `generate()` TRL runs as it is. With vLLM on CPU it takes the two repairs o
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,12 @@ torchvision_cpu.install()
 
 import torch  # all of these end up importing torchvision
 import trl.trainer.grpo_trainer
-from datasets import Dataset
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import TrainerCallback
+from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from benchmarks.trl_setup import UPDATES, dapo_config, dataset, load
 from benchmarks.turns import answer, wait_for_turn
-
-GROUP, UPDATES, MAX_TOKENS = 8, 4, 48
 
 
 class OnCpu(VLLMGeneration):  # type: ignore[misc]
@@ -80,42 +74,16 @@ def main() -> None:
     folder, work, backend, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
     rows = json.loads(work.read_text())
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["text"]}]} for r in rows]).add_column(
-        "images", [[{"bytes": base64.b64decode(r["image"]), "path": None}] for r in rows]
-    )
-    data.set_transform(_with_pictures)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"
+    data, (model, processor) = dataset(rows), load(folder)
     ids = model.config
     # Full length, and no placeholder of an image inside an answer, as on our side.
     banned = [ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id]
     banned += [processor.tokenizer.eos_token_id]
     never = {"suppress_tokens": banned} if backend == "generate" else {"logit_bias": dict.fromkeys(banned, -100.0)}
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        loss_type="dapo",
-        epsilon=0.2,
-        epsilon_high=0.28,
-        beta=0.0,
-        num_generations=GROUP,
-        per_device_train_batch_size=len(rows) * GROUP // UPDATES,
-        steps_per_generation=UPDATES,
-        gradient_accumulation_steps=1,
-        num_iterations=1,
-        max_completion_length=MAX_TOKENS,
-        mask_truncated_completions=False,
-        max_steps=UPDATES * rounds,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
+    config = dapo_config(
+        len(rows),
+        rounds,
         disable_tqdm=True,
-        seed=0,
         generation_kwargs=never,
         use_vllm=backend == "vllm",
         vllm_mode="colocate",
@@ -129,11 +97,6 @@ def main() -> None:
 
     turns.trainer = Counted(model, reward, config, data, processing_class=processor, callbacks=[turns])
     turns.trainer.train()
-
-
-def _with_pictures(batch: dict[str, Any]) -> dict[str, Any]:
-    pictures = [[Image.open(io.BytesIO(i["bytes"])) for i in images] for images in batch["images"]]
-    return batch | {"images": pictures}
 
 
 if __name__ == "__main__":

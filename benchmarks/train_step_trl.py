@@ -5,11 +5,8 @@ Nothing of TRL is changed but where responses come from: they are read from the 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,11 @@ from dapo import torchvision_cpu
 torchvision_cpu.install()
 
 import torch  # all of these end up importing torchvision
-from datasets import Dataset
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import TrainerCallback
+from trl import GRPOTrainer
 
+from benchmarks.trl_setup import GROUP, UPDATES, dapo_config, dataset, load
 from benchmarks.turns import answer, wait_for_turn
-
-GROUP, UPDATES = 8, 4
 
 
 class GivenResponses(GRPOTrainer):
@@ -95,50 +89,17 @@ def main() -> None:
     torch.set_num_threads(threads)
     rows = json.loads(work.read_text())
     by_prompt = {tuple(row["prompt"]): row | {"number": number} for number, row in enumerate(rows)}
-    data = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": r["text"]}], "number": n} for n, r in enumerate(rows)]
-    ).add_column("images", [[{"bytes": base64.b64decode(r["image"]), "path": None}] for r in rows])
-    data.set_transform(_with_pictures)
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        loss_type="dapo",
-        epsilon=0.2,
-        epsilon_high=0.28,
-        beta=0.0,
-        num_generations=GROUP,
-        per_device_train_batch_size=len(rows) * GROUP // UPDATES,
-        steps_per_generation=UPDATES,
-        gradient_accumulation_steps=1,
-        num_iterations=1,
-        max_completion_length=48,
-        mask_truncated_completions=False,
-        max_steps=UPDATES * rounds,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-    )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"
+    data, (model, processor) = dataset(rows), load(folder)
     turns = TakeTurns()
 
     def reward(completions: Any, number: list[int], **_: Any) -> list[float]:
         return [rows[n]["rewards"][i] for n, i in turns.trainer.seen]
 
-    trainer = GivenResponses(model, reward, config, data, processing_class=processor, callbacks=[turns])
+    trainer = GivenResponses(
+        model, reward, dapo_config(len(rows), rounds), data, processing_class=processor, callbacks=[turns]
+    )
     trainer.work, turns.trainer = by_prompt, trainer
     trainer.train()
-
-
-def _with_pictures(batch: dict[str, Any]) -> dict[str, Any]:
-    pictures = [[Image.open(io.BytesIO(i["bytes"])) for i in images] for images in batch["images"]]
-    return batch | {"images": pictures}
 
 
 if __name__ == "__main__":

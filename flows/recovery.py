@@ -70,9 +70,14 @@ def sweep() -> list[str]:
 
 
 def come_back(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """`on_crashed` of a flow: whatever it was doing goes on without it, or can be gone on with."""
+    """`on_crashed` of a flow: whatever it was doing goes on without it, or can be gone on with.
+
+    A flow run that is retried while its old process still ends is called crashed for that process, and is on its way.
+    """
     with get_client(sync_client=True) as client:
         now = client.read_flow_run(flow_run.id)
+        if now.state is None or not now.state.is_crashed():
+            return
         _close_task_runs(client, now)
         _schedule_again(client, now)
 

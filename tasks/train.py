@@ -186,6 +186,7 @@ def _follow(job: Any, records: Recorder, turn: Turn, log: Any) -> str:
             raise
         finally:
             job.keep_output()
+            stream.pump()
 
 
 def _take_all(

@@ -121,11 +121,14 @@ def followed(folder: RunFolder) -> bool:
 
 
 class LogStream:
-    """Passes a growing log file on, line by line, at most so many lines in so many seconds."""
+    """Passes a growing log file on, line by line, at most so many lines in so many seconds.
+
+    Begins with the last lines that are there: what a killed follower had read, Prefect may not have been told.
+    """
 
     def __init__(self, path: Path, logger: Any) -> None:
         self.path, self.logger = path, logger
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset = _begin_of_last_lines(path) if path.exists() else 0
         self._window, self._sent, self._left_out = time.monotonic(), 0, 0
 
     def pump(self) -> None:
@@ -148,6 +151,16 @@ class LogStream:
                     self.logger.info("%s", line.decode(errors="replace").rstrip())
                 else:
                     self._left_out += 1
+
+
+def _begin_of_last_lines(path: Path) -> int:
+    """Where the last `_LINES` lines begin, or fewer if they are long."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        begin = file.seek(max(0, end - 200 * _LINES))
+        if begin:
+            file.readline()  # cut in two by the seek
+        return end - sum(map(len, file.readlines()[-_LINES:]))
 
 
 def _follower(folder: RunFolder) -> Path:

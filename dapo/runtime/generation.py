@@ -16,10 +16,15 @@ from dapo.rollout.engine import Begun
 from dapo.types import Completion, Finished, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
 
 
-class EngineDoor(Protocol):
-    """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
+class Streams(Protocol):
+    """What rounds need of the engines."""
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]: ...
+
+
+class EngineDoor(Streams, Protocol):
+    """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
     def restart(self) -> None: ...
     def sleep(self) -> None: ...
@@ -97,7 +102,7 @@ class Generation:
     def __init__(
         self,
         config: RunConfig,
-        engine: EngineDoor,
+        engine: Streams,
         rewards: RewardDoor,
         text: Text,
         *,

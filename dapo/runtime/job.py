@@ -107,10 +107,9 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             mirror=mirror,
         )
         try:
-            status = controller.run()
+            log.info("%s at step %d", controller.run(), controller.at.step)
         finally:
             workers.close()  # else a failed run stays for what its engines still write
-    log.info("%s at step %d", status, controller.at.step)
     return 0
 
 

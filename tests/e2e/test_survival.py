@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -20,10 +21,12 @@ from tests.e2e.servers import REPOSITORY, Servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS = 24
+STEPS = 300
+"""Enough to outlast the four deaths: a step takes a fifth of a second where nothing else runs."""
+OFTEN = STEPS // 6
 EVENTS = ("validation.completed", "checkpoint.saved", "best.found")
 TINY = ("batch.prompts_per_step=4", "batch.group_size=2", "model.parallel.world_size=1")
-FREQUENT = (f"train.steps={STEPS}", "train.test_freq=4", "train.save_freq=4")
+FREQUENT = (f"train.steps={STEPS}", f"train.test_freq={OFTEN}", f"train.save_freq={OFTEN}")
 RARE = ("train.steps=5000", "train.test_freq=0", "train.save_freq=1000", "ray.restarts=1")
 
 
@@ -47,7 +50,9 @@ class Run:
     def goes_on(self, without: str) -> None:
         """Training takes another step, and has not ended before."""
         reached = self.steps()
-        self.servers.wait_until(lambda: self.steps() > reached, f"training goes on without {without}")
+        self.servers.wait_until(
+            lambda: self.steps() > reached or self.events("ended"), f"training goes on without {without}"
+        )
         assert not self.events("ended"), f"the run was too short: it ended before {without} was missed"
 
     def reaches(self, state: str, timeout_s: float = 240) -> None:
@@ -129,9 +134,9 @@ def test_mlflow_has_every_metric_validation_and_checkpoint_once(servers, survivo
     assert run.info.status == "FINISHED"
     history = client.get_metric_history
     assert [m.step for m in history(run.info.run_id, "train/loss")] == list(range(1, STEPS + 1))
-    assert [m.step for m in history(run.info.run_id, "val/accuracy")] == list(range(0, STEPS + 1, 4))
+    assert [m.step for m in history(run.info.run_id, "val/accuracy")] == list(range(0, STEPS + 1, OFTEN))
     models = client.search_logged_models(["1"], f"source_run_id = '{run.info.run_id}'")
-    assert sorted(int(m.params["step"]) for m in models) == list(range(4, STEPS + 1, 4))
+    assert sorted(int(m.params["step"]) for m in models) == list(range(OFTEN, STEPS + 1, OFTEN))
     tables = [a.path for a in client.list_artifacts(run.info.run_id, "validation") if a.path.endswith("00.json")]
     assert "report.html" in {a.path for a in client.list_artifacts(run.info.run_id)}
     assert len(set(tables)) == len(tables)
@@ -191,6 +196,7 @@ def test_a_stopped_worker_does_not_stop_the_training_and_the_flow_run_comes_back
 
 def test_cancelled_twice_it_stops_twice_with_a_checkpoint(servers, endless):
     for attempt in (1, 2):
+        followed_by = endless.flow_process()
         servers.command("prefect", "flow-run", "cancel", endless.id)
         servers.wait_until(lambda n=attempt: len(endless.events("ended")) == n, f"cancellation {attempt} stops it", 60)
         end = endless.events("ended")[-1]
@@ -198,6 +204,8 @@ def test_cancelled_twice_it_stops_twice_with_a_checkpoint(servers, endless):
         assert endless.folder.checkpoint(end.step).is_dir()
         endless.reaches("CANCELLED", 60)
         servers.wait_until(lambda: not endless.job_processes(), "the job is gone", 60)
+        # Prefect takes the end of the old process for the end of a retry that comes before it.
+        servers.wait_until(lambda pid=followed_by: not Path(f"/proc/{pid}").exists(), "its process has ended", 60)
         servers.command("prefect", "flow-run", "retry", endless.id)
         servers.wait_until(lambda s=end.step: endless.steps() > s, "the retried flow run trains on")
         assert endless.events("started")[-1].step == end.step

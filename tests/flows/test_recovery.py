@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run as this_run
-from prefect.states import Cancelling, Pending, Running
+from prefect.states import Cancelling, Crashed, Pending, Running
 
 from dapo.config import io
 from dapo.errors import ConfigError
@@ -88,6 +88,16 @@ def test_flow_run_of_a_deployment_comes_back_so_many_times(dead):
         recovery.sweep()
         assert client.read_flow_run(first).state.name == "AwaitingRetry"
         assert client.read_flow_run(last).state.name == "Crashed"
+
+
+def test_flow_run_that_was_retried_meanwhile_does_not_come_back_twice():
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(any_flow), "any", entrypoint="any:any")
+        retried, crashed = (running(client, deployment=deployment, state=state) for state in (Pending, Crashed))
+        for one in (retried, crashed):
+            recovery.come_back(any_flow, client.read_flow_run(one), Crashed())
+        assert client.read_flow_run(retried).state.name == "Pending"
+        assert client.read_flow_run(crashed).state.name == "AwaitingRetry"
 
 
 @pytest.mark.parametrize("name", ["compare", "evaluate"])

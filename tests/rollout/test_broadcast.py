@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,18 +23,13 @@ from dapo.rollout.broadcast import Broadcast
 from dapo.rollout.checks import compare_fingerprints
 from dapo.rollout.transformers_engine import TransformersEngine
 from dapo.rollout.transport import Header, Unpacker, send_weights
+from tests.rollout.processes import free_address
 from tests.rollout.small import largest_gap, load_plain, make_prompts, sampling, shake
 
 Folders = Callable[[str], Path]
 Processors = Callable[[str], PromptProcessor]
 LIMIT = 20_000
 """Bytes: the small models here fill many buckets."""
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.fixture

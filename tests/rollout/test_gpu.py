@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +13,8 @@ import torch
 
 from dapo.data.processor import PromptProcessor
 from dapo.rollout.checks import compare_fingerprints
+from tests.rollout.processes import free_address, run_two_ranks
 from tests.rollout.small import largest_gap, load_plain, make_prompts, sampling, shake
-from tests.rollout.test_broadcast import free_address
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -112,21 +110,11 @@ def test_nccl_brings_weights_and_a_dead_peer_is_an_error_within_the_deadline() -
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_experts_spread_over_two_gpus_agree_with_the_trainer(folder_of: Folders) -> None:
     port = free_address().rpartition(":")[2]
-    command = [sys.executable, "-m", "tests.rollout.tp_rank", str(folder_of("moe"))]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2", port, "2", "cuda"],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
+    results = run_two_ranks(
+        "tests.rollout.tp_rank",
+        lambda rank: (folder_of("moe"), rank, 2, port, 2, "cuda"),
+        lambda rank: {"CUDA_VISIBLE_DEVICES": str(rank)},
+        timeout_s=600,
+    )
     assert results[0]["ids"] == results[1]["ids"]
     assert max(gap for result in results for gap in result["gaps"]) < EXACT

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.rollout.processes import free_address, run_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,25 +33,13 @@ def test_engine_and_trainer_agree_after_every_update(
 ) -> None:
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (make install-vllm)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.rollout.updates_rank", str(folder_of(kind))]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), engine, str(tensor_parallel), str(UPDATES)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate(timeout=500)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
+    port = free_address().rpartition(":")[2]
+    results = run_two_ranks(
+        "tests.rollout.updates_rank",
+        lambda rank: (folder_of(kind), rank, port, engine, tensor_parallel, UPDATES),
+        lambda _: {"OMP_NUM_THREADS": "1"},
+        timeout_s=500,
+    )
     for result in results:
         assert len(result["gaps"]) == UPDATES + 1
         assert max(result["gaps"]) < PROMISED

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +18,7 @@ import torch
 from dapo.data.processor import PromptProcessor
 from dapo.errors import ConfigError, EngineError
 from dapo.rollout.checks import compare_fingerprints
+from tests.rollout.processes import free_address, run_two_ranks
 from tests.rollout.small import hub_layout, largest_gap, load_plain, make_prompts, sampling, shake
 
 if importlib.util.find_spec("vllm") is None:
@@ -187,23 +184,13 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
 @pytest.mark.parametrize(("kind", "tensor_parallel"), [("dense", 2), ("moe", 2), ("dense", 1)])
 def test_ranks_of_a_trainer_agree_with_it(kind: str, tensor_parallel: int, folder_of: Folders) -> None:
     """Two ranks: one engine over both, or a replica each with prompts of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.rollout.tp_rank", str(folder_of(kind))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2", port, str(tensor_parallel)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    results = [json.loads(text.partition("RESULT ")[2].splitlines()[0]) for text in printed]
+    port = free_address().rpartition(":")[2]
+    results = run_two_ranks(
+        "tests.rollout.tp_rank",
+        lambda rank: (folder_of(kind), rank, 2, port, tensor_parallel),
+        lambda _: {"OMP_NUM_THREADS": "1"},
+        timeout_s=240,
+    )
     assert (results[0]["ids"] == results[1]["ids"]) == (tensor_parallel == 2)
     assert max(gap for result in results for gap in result["gaps"]) < EXACT
     assert results[0]["ranks"] == 2

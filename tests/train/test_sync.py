@@ -19,7 +19,7 @@ from dapo.train.fsdp_policy import FsdpPolicy
 from dapo.train.sync import WeightSync
 from tests.model.tiny import TinyProcessor, make_batch, make_folder
 from tests.rollout import small
-from tests.rollout.test_broadcast import free_address
+from tests.rollout.processes import free_address
 from tests.train.policies import step
 from tests.train.reference import run_config
 
