@@ -107,7 +107,8 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             mirror=mirror,
         )
         try:
-            log.info("%s at step %d", controller.run(), controller.at.step)
+            status = controller.run()
+            log.info("%s at step %d", status, controller.at.step)
         finally:
             workers.close()  # else a failed run stays for what its engines still write
     return 0
