@@ -20,12 +20,11 @@ from dapo.eval import results
 from dapo.eval.estimate import accuracy_interval
 from dapo.eval.models import Model
 from dapo.eval.results import PromptResult
-from dapo.eval.validate import summarise
 from dapo.observe.manifest import code_digest
 from dapo.types import RolloutGroup, SamplingParams
 
 # What turns weights and prompts into verdicts.
-_MEASURING_CODE = ("data", "eval/estimate.py", "eval/results.py", "eval/validate.py", "model", "rewards", "rollout")
+_MEASURING_CODE = ("data", "eval/estimate.py", "eval/results.py", "model", "rewards", "rollout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ def measure(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, Any]:
         for tag, members in results.slices(verdicts).items()
     }
     return {
-        "metrics": summarise(groups) | {"time/evaluation": seconds},
+        "metrics": results.val_metrics(verdicts) | {"time/evaluation": seconds},
         "estimates": {name: asdict(value) for name, value in results.estimates(verdicts).items()},
         "slices": slices,
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config.run import RunConfig
-from dapo.eval.validate import png
+from dapo.eval.samples_table import png
 from dapo.types import RolloutGroup
 
 _SHOWN = 24

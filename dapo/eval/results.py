@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from dapo.errors import DataError
-from dapo.eval.estimate import Interval, accuracy_interval, bootstrap, majority, pass_at_k, powers_of_two_to
+from dapo.eval.estimate import (
+    Interval,
+    accuracy_interval,
+    bootstrap,
+    majority,
+    over_prompts,
+    pass_at_k,
+    powers_of_two_to,
+)
 from dapo.observe.metrics import describe
 from dapo.types import RolloutGroup
 
@@ -112,12 +121,34 @@ def numbers(results: Results) -> dict[str, float]:
     }
 
 
-def slices(results: Results) -> dict[str, dict[str, PromptResult]]:
-    """Results by tag; a prompt is in each of its tags."""
+def val_metrics(results: Results) -> dict[str, float]:
+    """`val/...` metrics of docs/metrics.md; a failed check is left out of every mean and counted in `val/failed`.
+
+    With n > 1 samples per prompt also `val/mean_at_n`, `val/maj_at_n` and `val/pass_at_k` (k: powers of two, and n).
+    """
+    accuracy = accuracy_interval(list(accuracies(results).values()))
+    several = over_prompts(
+        [_of_prompt(result, resampled=False) for result in results.values() if len(result.samples) > 1]
+    )
+    metrics = {f"val/{name}": value for name, value in numbers(results).items()}
+    metrics |= {"val/accuracy_low": accuracy.low, "val/accuracy_high": accuracy.high}
+    metrics |= {f"val/{name.replace('@', '_at_')}": value for name, value in several.items()}
+    for tag, members in slices(results, _metric_name).items():
+        metrics[f"val/slice/{tag}/accuracy"] = describe(list(accuracies(members).values()))["mean"]
+        metrics[f"val/slice/{tag}/prompts"] = len(members)
+    return metrics
+
+
+def _metric_name(tag: str) -> str:
+    return re.sub(r"[^\w.\- :]", "_", tag)  # MLflow allows nothing else in a name
+
+
+def slices(results: Results, named: Callable[[str], str] = str) -> dict[str, dict[str, PromptResult]]:
+    """Results by tag, as `named` writes it; a prompt is in each of its tags."""
     found: dict[str, dict[str, PromptResult]] = defaultdict(dict)
     for prompt, result in results.items():
         for tag in result.tags:
-            found[tag][prompt] = result
+            found[named(tag)][prompt] = result
     return dict(sorted(found.items()))
 
 
@@ -128,12 +159,13 @@ def estimates(results: Results) -> dict[str, Interval]:
     """
     per_prompt: dict[str, list[float]] = defaultdict(list)
     for result in results.values():
-        for name, value in _of_prompt(result).items():
+        for name, value in _of_prompt(result, resampled=True).items():
             per_prompt[name].append(value)
     return {name: accuracy_interval(values) for name, values in per_prompt.items()}
 
 
-def _of_prompt(result: PromptResult) -> dict[str, float]:
+def _of_prompt(result: PromptResult, *, resampled: bool) -> dict[str, float]:
+    """`mean@n`, and of several samples `pass@k` and `maj@n`; with `resampled` also `maj@k` below n."""
     judged = [s for s in result.samples if s.correct is not None]
     n = len(judged)
     if not n:
@@ -150,7 +182,7 @@ def _of_prompt(result: PromptResult) -> dict[str, float]:
     for k in powers_of_two_to(len(result.samples)):
         if k == len(result.samples):
             found[f"maj@{k}"] = float(verdicts[majority(votes, range(n))])
-        elif k <= n:
+        elif resampled and k <= n:
             elect = [lambda row: float(verdicts[majority(votes, row)])]
             found[f"maj@{k}"] = bootstrap(n, k, elect, resamples=_MAJORITY_RESAMPLES)[0][0]
     return found

@@ -27,7 +27,7 @@ from dapo.algo.kl import KlController
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError, RunStopped, StarvationError
 from dapo.eval import results
-from dapo.eval.validate import summarise, table_rows
+from dapo.eval.samples_table import table_rows
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
 from dapo.observe.metrics import speed_metrics, step_metrics
@@ -205,12 +205,13 @@ class Controller:
     def validate(self) -> None:
         """Measure the policy on the held-out prompts."""
         groups = self.generation.validation_groups(self.held_out)
-        metrics = summarise(groups)
+        verdicts = results.of_groups(groups)
+        metrics = results.val_metrics(verdicts)
         table = self.folder.validation_table(self.at.step)
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = table_rows(groups, self.config.validation.table_rows)
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.folder.validation_results(self.at.step).write_text(results.to_lines(results.of_groups(groups)))
+        self.folder.validation_results(self.at.step).write_text(results.to_lines(verdicts))
         relative = str(table.relative_to(self.folder.root))
         best = metrics["val/accuracy"] > self.at.best_accuracy
         self.at.best_accuracy = max(metrics["val/accuracy"], self.at.best_accuracy)

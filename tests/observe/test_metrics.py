@@ -9,7 +9,7 @@ import pytest
 
 from dapo.algo.groups import GroupBuffer
 from dapo.config.algorithm import SamplingFilterConfig
-from dapo.eval.validate import summarise
+from dapo.eval.results import of_groups, val_metrics
 from dapo.observe.metrics import reward_metrics, speed_metrics, step_metrics, update_metrics
 from tests.records import group, prompt
 
@@ -78,6 +78,8 @@ def test_speed_counts_every_trained_token_per_device() -> None:
 def test_every_logged_name_is_documented() -> None:
     documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.MULTILINE))
     several = group("a", [True, False], asked=prompt("a", tags=("shape:circle",)))
-    logged = small_step() | summarise([several]) | speed_metrics([several], {"update": 1.0, "step": 1.0}, 1)
+    logged = (
+        small_step() | val_metrics(of_groups([several])) | speed_metrics([several], {"update": 1.0, "step": 1.0}, 1)
+    )
     names = "|".join(re.sub("<[a-z]+>", "[^/]+", re.escape(name)) for name in documented)
     assert [name for name in logged if not re.fullmatch(names, name)] == []
