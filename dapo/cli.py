@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo import lifecycle, services
-from dapo.errors import ConfigError, DapoError
+from dapo.errors import ConfigError, DapoError, EngineError, TrainingError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 _DEFAULT = "configs/geo3k_tiny.yaml"
@@ -17,13 +17,13 @@ _OVERRIDES = "dotted keys over the file, for example train.steps=5 model.optimiz
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "dapo") -> int:
-    """Parse, run, and answer errors: one sentence and exit code 2 for ours, the log's place for all others."""
+    """Parse, run, and answer errors: one sentence, and 2 where something has to be changed, 1 where it broke."""
     arguments = _parser(prog).parse_args(argv)
     try:
         return int(arguments.command(arguments))
     except DapoError as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return EXIT_FAILED if isinstance(error, _Unexpected) else EXIT_REFUSED
+        return EXIT_FAILED if isinstance(error, _BROKE) else EXIT_REFUSED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -71,11 +71,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_run(status, required=False)
     status.set_defaults(command=_status)
 
-    reward = commands.add_parser(
-        "reward", add_help=False, help="test a reward function", description="See `dapo reward test --help`."
+    reward = commands.add_parser("reward", help="test a reward function", description="What concerns rewards.")
+    actions = reward.add_subparsers(required=True, metavar="ACTION")
+    test = actions.add_parser(
+        "test",
+        help="check a reward before a run trusts it",
+        description="Judge known, empty, huge and strange responses with a reward, in a process of its own as in "
+        "training. Exit code 1 where a check fails.",
     )
-    reward.add_argument("arguments", nargs=argparse.REMAINDER)
-    reward.set_defaults(command=_reward)
+    test.add_argument("function", nargs="?", help="module:name (default: that of a configuration without one)")
+    test.add_argument("--golden", type=Path, metavar="FILE", help="JSON list of response, answer, accuracy")
+    test.add_argument("--deadline-s", type=float, metavar="SECONDS", help="allowed per check (default: as in training)")
+    test.set_defaults(command=_test_reward)
 
     lifecycle.add_commands(commands)
     services.add_commands(commands)
@@ -135,6 +142,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 class _Unexpected(DapoError):
     """Not our sentence, but one sentence and the place of the trace."""
+
+
+_BROKE = (TrainingError, EngineError, _Unexpected)
+"""Ended after it had begun; all other errors of ours refuse to begin."""
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -223,14 +234,11 @@ def _ago(moment: float) -> str:
     return duration(time.time() - moment)
 
 
-def _reward(arguments: argparse.Namespace) -> int:
-    from dapo.rewards.selftest import main as selftest
+def _test_reward(arguments: argparse.Namespace) -> int:
+    from dapo.rewards.selftest import report
 
-    given = list(arguments.arguments)
-    if given[:1] != ["test"]:
-        print("usage: dapo reward test [--help] ...")
-        return 0 if given in ([], ["-h"], ["--help"]) else EXIT_REFUSED
-    return int(selftest(given[1:]) or 0)
+    passed = report(arguments.function, golden=arguments.golden, deadline_s=arguments.deadline_s)
+    return 0 if passed else EXIT_FAILED
 
 
 def _find_run(arguments: argparse.Namespace) -> Path:

@@ -1,6 +1,7 @@
 """The command line: every command explains itself, and every mistake is one sentence with its remedy."""
 
 import json
+import argparse
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from dapo import cli
 from dapo.config import io
 from dapo.config.run import RunConfig
+from dapo.errors import ConfigError, EngineError, EnvironmentCheckError, TrainingError
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
 
@@ -35,16 +37,34 @@ def refused(capsys, *words: str) -> str:
     return told
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["run"], ["plan"], ["doctor"], ["report"], ["status"], ["reward", "test"], ["up"], ["down"]]
-)
+def every_command(parser: argparse.ArgumentParser, *words: str):
+    yield list(words)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from every_command(below, *words, name)
+
+
+@pytest.mark.parametrize("command", every_command(cli._parser("dapo")), ids=" ".join)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])
     assert left.value.code == 0
     told = capsys.readouterr().out
-    assert "usage: dapo" in told
+    assert f"usage: {' '.join(['dapo', *command])} " in told
     assert len(told.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError, 2), (EnvironmentCheckError, 2), (TrainingError, 1), (EngineError, 1)]
+)
+def test_what_broke_is_told_from_what_was_refused(error, code, monkeypatch, capsys):
+    def ends(arguments):
+        raise error("a sentence")
+
+    monkeypatch.setattr(cli, "_plan", ends)
+    assert cli.main(["plan", TINY]) == code
+    assert capsys.readouterr().err == "dapo: a sentence\n"
 
 
 def test_module_of_the_flow_explains_itself():
@@ -193,6 +213,8 @@ def test_report_can_be_written_while_a_run_goes_on(tmp_path, capsys):
     assert run.report.is_file()
 
 
-def test_reward_without_test_shows_its_usage(capsys):
-    assert cli.main(["reward"]) == 0
-    assert "dapo reward test" in capsys.readouterr().out
+def test_reward_without_a_word_names_what_there_is(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["reward"])
+    assert left.value.code == 2
+    assert "usage: dapo reward [-h] ACTION" in capsys.readouterr().err

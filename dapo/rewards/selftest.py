@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -179,16 +178,23 @@ def read_golden(path: Path) -> list[Golden]:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `dapo reward test`; 0 if every check passed."""
+def report(function: str | None = None, *, golden: Path | None = None, deadline_s: float | None = None) -> bool:
+    """Run the checks and write one line for each on standard output; True where all passed.
+
+    Args:
+        function: `module:name`; None, like the other two: as in a configuration that says nothing.
+        golden: JSON file of known verdicts (`read_golden`).
+        deadline_s: seconds allowed per check.
+
+    Raises:
+        ConfigError: the golden file cannot be read.
+    """
     default = RewardConfig()
-    parser = argparse.ArgumentParser(prog="dapo reward test", description="Check a reward before a run trusts it.")
-    parser.add_argument("function", nargs="?", default=default.function, help="module:name (default: %(default)s)")
-    parser.add_argument("--golden", type=Path, metavar="FILE", help="JSON list of response, answer, accuracy")
-    parser.add_argument("--deadline-s", type=float, default=default.deadline_s, help="seconds allowed per check")
-    options = parser.parse_args(argv)
-    golden = GOLDEN if options.golden is None else read_golden(options.golden)
-    findings = run(options.function, deadline_s=options.deadline_s, golden=golden)
+    findings = run(
+        function or default.function,
+        deadline_s=default.deadline_s if deadline_s is None else deadline_s,
+        golden=GOLDEN if golden is None else read_golden(golden),
+    )
     for finding in findings:
         sys.stdout.write(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check}: {finding.detail}\n")
-    return 0 if all(finding.ok for finding in findings) else 1
+    return all(finding.ok for finding in findings)

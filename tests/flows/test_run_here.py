@@ -158,6 +158,14 @@ def test_unexpected_error_is_one_sentence_and_the_place_of_the_trace(place):
     assert run.left_over() == []
 
 
+@pytest.mark.slow
+def test_a_training_that_failed_is_no_refusal(place):
+    run = Started(place, "broken", STANDIN_FAIL_AT="2")
+    assert run.process.wait(180) == 1, run.text
+    assert "dapo: training failed: the reward function is broken. Log: " in run.text
+    assert run.left_over() == []
+
+
 def test_head_of_a_run_is_not_found_by_others(place, tmp_path):
     from dapo.config import io
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dapo.errors import ConfigError
-from dapo.rewards.selftest import Finding, main, run
+from dapo.rewards.selftest import Finding, report, run
 
 CHECKS = ["loads", "golden answers", "empty", "huge", "unicode", "repetition", "order", "time"]
 
@@ -56,7 +56,7 @@ def test_a_reward_that_cannot_be_loaded_is_one_finding() -> None:
 def test_the_command_prints_a_line_per_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     golden = tmp_path / "golden.json"
     golden.write_text(json.dumps([{"response": "\\boxed{2x}", "answer": "x+x", "accuracy": True}]))
-    assert main(["dapo.rewards.geometry3k:grade", "--golden", str(golden)]) == 0
+    assert report("dapo.rewards.geometry3k:grade", golden=golden)
     lines = capsys.readouterr().out.splitlines()
     assert [line[6:].partition(":")[0] for line in lines] == CHECKS
     assert "1 known verdicts agree" in lines[1]
@@ -65,7 +65,7 @@ def test_the_command_prints_a_line_per_check(capsys: pytest.CaptureFixture[str],
 def test_the_command_fails_where_a_golden_answer_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     golden = tmp_path / "golden.json"
     golden.write_text(json.dumps([{"response": "\\boxed{2x}", "answer": "x+x", "accuracy": False}]))
-    assert main(["--golden", str(golden)]) == 1
+    assert not report(golden=golden)
     assert "FAIL  golden answers" in capsys.readouterr().out
 
 
@@ -73,4 +73,4 @@ def test_a_golden_file_of_another_form_is_refused(tmp_path: Path) -> None:
     golden = tmp_path / "golden.json"
     golden.write_text('[{"response": "48"}]')
     with pytest.raises(ConfigError, match=r"golden\.json"):
-        main(["--golden", str(golden)])
+        report(golden=golden)
