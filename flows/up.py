@@ -69,7 +69,7 @@ class Stack:
 
     def __init__(self, project: Path, say: Say) -> None:
         self.project, self.say = project, say
-        self.runs = project / RunConfig().run_root
+        self.runs = (project / RunConfig().run_root).resolve()  # as runs name their database
         self.state = self.runs / ".up"
         self.server = Service(self.state, "server", "Prefect server")
         self.mlflow = Service(self.state, "mlflow", "MLflow server")

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from dapo.observe.layout import RunFolder
-from dapo.observe.shipper import page
+from dapo.observe.mlflow_page import page
 from tasks.progress import artifact_key, best_effort
 
 _SHIPPED_WITHIN_S = 60.0

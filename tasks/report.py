@@ -15,9 +15,9 @@ from tasks.progress import Stage, artifact_key, best_effort, tell
 def report(config: RunConfig) -> str:
     """Absolute path of the page. Safe to repeat."""
     from dapo.observe.journal import read
+    from dapo.observe.mlflow_page import page as mlflow_page
     from dapo.observe.report import headline, summary, write_plots, write_report
     from dapo.observe.shipper import log_artifacts
-    from dapo.observe.shipper import page as mlflow_page
 
     folder = RunFolder.of(config)
     tell(Stage("report", "running"))

@@ -1,7 +1,7 @@
 """The command line: every command explains itself, and every mistake is one sentence with its remedy."""
 
-import json
 import argparse
+import json
 import os
 import re
 import shutil

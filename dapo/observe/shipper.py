@@ -271,18 +271,6 @@ def log_artifacts(folder: RunFolder, config: RunConfig, files: Iterable[Path], u
         client.log_artifact(state["run_id"], str(file), under)
 
 
-def page(folder: RunFolder) -> str | None:
-    """Address of the run's page in MLflow; None before anything was shipped, and for a store without a server."""
-    try:
-        told = json.loads(folder.mlflow.read_text())
-    except (OSError, ValueError):
-        return None
-    uri, experiment = str(told.get("tracking_uri", "")), told.get("experiment_id")
-    if not uri.startswith("http") or experiment is None:
-        return None
-    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{told['run_id']}"
-
-
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():

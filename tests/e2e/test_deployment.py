@@ -130,7 +130,8 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
         assert [n for n in names if n.startswith(kind)] == [f"{kind}-step-{step}" for step in steps]
     assert all(t["state_type"] == "COMPLETED" for t in tasks(machine, trained))
     folder = machine.folder(**small)
-    keys = {a["key"] for a in machine.ask("/artifacts/filter", {"flow_runs": {"id": {"any_": [trained]}}})}
+    artifacts = machine.ask("/artifacts/filter", {"flow_runs": {"id": {"any_": [trained]}}})
+    keys = {a["key"] for a in artifacts}
     one = folder.id.lower().replace(".", "-")
     assert {"train", f"validation-{one}", f"checkpoint-{one}", f"summary-{one}", "environment-machine"} <= keys
     client = mlflow.MlflowClient(f"http://127.0.0.1:{machine.mlflow_port}")
@@ -139,6 +140,14 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [0, 1, 2]
     assert "report.html" in {a.path for a in client.list_artifacts(run.info.run_id)}
+
+    # Prefect's pages lead to the run in the MLflow that `dapo up` started; no run was told of it.
+    page = f"http://127.0.0.1:{machine.mlflow_port}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    described = [a["description"] for a in artifacts if a["key"] in (f"validation-{one}", f"checkpoint-{one}")]
+    assert len(described) == 5
+    assert all(f"[MLflow]({page})" in words for words in described)
+    [summary] = [a["data"] for a in artifacts if a["key"] == f"summary-{one}"]
+    assert page in summary
 
     # Said twice, nothing is started twice; what was killed is started again.
     again = machine.up()
