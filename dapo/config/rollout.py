@@ -49,4 +49,4 @@ class RolloutConfig(Frozen):
     probe_every: Annotated[int, Field(ge=0)] = 10
     """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Mean |difference| in nats that stops the run; null: 1e-3 in float32, 0.05 in bfloat16."""
+    """Mean |difference| in nats that stops the run; null: 1e-3, or 0.05 where trainer or engine compute in bfloat16."""

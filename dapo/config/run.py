@@ -115,6 +115,11 @@ class RunConfig(Frozen):
         """All devices of the run: those that train and those that only generate."""
         return self.model.parallel.world_size + self.rollout.devices
 
+    @property
+    def engine_dtype(self) -> Literal["float32", "bfloat16"]:
+        """In which the engines compute."""
+        return self.model.compute_dtype if self.rollout.dtype == "auto" else self.rollout.dtype
+
     def derived(self) -> dict[str, int | str]:
         """Numbers that follow from the independent ones; printed at the start."""
         p = self.model.parallel

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from dapo.errors import EngineError
 from dapo.types import Completion
 
+_SAME = 1e-6
+"""Relative difference of two sums over equal values that were added in another order."""
+
 
 def check_completion(completion: Completion, vocab_size: int, banned: Collection[int] = ()) -> None:
     """Refuse a response that no engine in order can have sampled.
@@ -36,13 +39,23 @@ def check_completion(completion: Completion, vocab_size: int, banned: Collection
         raise EngineError(f"the engine sampled {set(banned).intersection(completion.token_ids)}, which is banned")
 
 
-def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, float], *, tolerance: float = 1e-6) -> None:
+def kept_sums(given: Mapping[str, float], unchanged: Collection[str]) -> dict[str, float]:
+    """Of what an engine was given so far, the sums of the tensors that it keeps in this sync.
+
+    Raises:
+        EngineError: one of them was never given to it.
+    """
+    if never := [name for name in unchanged if name not in given]:
+        raise EngineError(f"weight sync: {never[0]} was not sent, and this engine has never been given it")
+    return {name: given[name] for name in unchanged}
+
+
+def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, float]) -> None:
     """Every tensor of the trainer must have arrived: sums of absolute values agree.
 
     Args:
         trainer: per tensor, in the trainer's order; the first wrong one is named.
-        tolerance: relative. Sums are float64 over equal values, so only their order of addition differs; use about
-            4e-3 where the engine rounds to bfloat16.
+        engine: of what it was given, before it rounds or packs it.
 
     Raises:
         EngineError: names the first tensor that is missing or differs.
@@ -53,7 +66,7 @@ def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, floa
         have = engine.get(name)
         if have is None:
             raise EngineError(f"weight sync: the engine has no tensor {name}")
-        if not abs(have - want) <= tolerance * max(abs(want), 1e-12):
+        if not abs(have - want) <= _SAME * max(abs(want), 1e-12):
             raise EngineError(
                 f"weight sync: {name} did not arrive: sum of |values| is {have!r} in the engine and {want!r} in the "
                 "trainer; it is the first wrong tensor"
@@ -105,6 +118,7 @@ def check_probe(gap: ProbeGap, tolerance: float, *, after: str) -> None:
     )
 
 
-def default_tolerance(dtype: str) -> float:
-    """Mean |difference| in nats that stops a run: bfloat16 carries 8 bits (measured 0.013 to 0.02), float32 24."""
-    return 1e-3 if dtype == "float32" else 0.05
+def default_tolerance(trainer: str, engine: str) -> float:
+    """Mean |difference| in nats that stops a run, by the coarser of two dtypes: bfloat16 carries 8 bits (measured 0.013
+    to 0.02), float32 24."""
+    return 1e-3 if trainer == engine == "float32" else 0.05

@@ -29,7 +29,6 @@ def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, de
     where = torch.device(device)
     rollout = config.rollout
     kind = choose_engine(rollout.engine, where.type)
-    name = config.model.compute_dtype if rollout.dtype == "auto" else rollout.dtype
     if kind == "vllm":
         from dapo.rollout.vllm_engine import VllmEngine
 
@@ -39,7 +38,7 @@ def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, de
     return TransformersEngine(
         weights,
         processor,
-        dtype=getattr(torch, name),
+        dtype=getattr(torch, config.engine_dtype),
         device=where,
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_mib=rollout.kv_cache_mib,

@@ -53,7 +53,8 @@ class Engine(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, float]:
-        """Per tensor (transformers' names): float64 sum of absolute values, to be compared with the trainer's."""
+        """Per tensor (transformers' names): float64 sum of absolute values of what was given last, to be compared with
+        the trainer's. The log-prob probe judges what the engine made of it."""
         ...
 
     def sleep(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dapo import torchvision_cpu
 from dapo.errors import EngineError, WeightsError
 from dapo.model.tensors import absolute_sum
-from dapo.rollout.checks import check_completion
+from dapo.rollout.checks import check_completion, kept_sums
 from dapo.rollout.decoder import Cache, Decoder
 from dapo.rollout.engine import Begun, collected, prompts_needed
 from dapo.rollout.sampling import Sampler, request_seed, uniforms
@@ -68,6 +68,7 @@ class TransformersEngine:
         self._decoder = Decoder(text, self.model.lm_head, multimodal=self._visual is not None)
         self._experts = ToldExperts(self.model) if tell_experts else None
         self._weights = dict(self.model.state_dict())
+        self._sums: dict[str, float] = {}
         self.vocab_size = int(self.model.lm_head.weight.shape[0])
         self.version = 0
 
@@ -100,6 +101,7 @@ class TransformersEngine:
         Raises:
             EngineError: a name is unknown or a shape differs, or a tensor of the model was not given.
         """
+        self._sums = kept_sums(self._sums, unchanged)
         missing = set(self._weights).difference(unchanged)
         with torch.no_grad():
             for name, tensor in weights:
@@ -108,6 +110,7 @@ class TransformersEngine:
                     has = "no such tensor" if target is None else f"one of shape {tuple(target.shape)}"
                     raise EngineError(f"weight sync: {name} of shape {tuple(tensor.shape)}: the engine has {has}")
                 target.copy_(tensor)
+                self._sums[name] = absolute_sum(tensor)
                 missing.discard(name)
         # A tied head is one tensor under two names.
         pointers = {self._weights[name].data_ptr() for name in set(self._weights) - missing}
@@ -118,7 +121,8 @@ class TransformersEngine:
         self.version = version
 
     def fingerprint(self) -> dict[str, float]:
-        return {name: absolute_sum(tensor) for name, tensor in self._weights.items()}
+        """Of what was given last, before it is rounded to the engine's dtype. Empty before the first update."""
+        return dict(self._sums)
 
     def sleep(self) -> None:
         """Nothing to free: the cache lives for one `generate`, and the weights are small where this engine is used."""

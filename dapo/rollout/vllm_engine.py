@@ -151,7 +151,7 @@ class VllmEngine:
         return cls(
             weights,
             processor,
-            dtype=config.model.compute_dtype if rollout.dtype == "auto" else rollout.dtype,
+            dtype=config.engine_dtype,
             device=device,
             max_model_len=config.max_sequence_tokens,
             max_num_seqs=rollout.max_num_seqs,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dapo.errors import EngineError
 from dapo.model.tensors import FUSED, absolute_sum, fused_group
+from dapo.rollout.checks import kept_sums
 from dapo.rollout.same_host import Opener
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
@@ -108,9 +109,7 @@ class WorkerExtension:
 
         model = self.model_runner.get_model()
         given: dict[str, float] = getattr(self, "_dapo_sums", {})
-        if never := [name for name in unchanged if name not in given]:
-            raise EngineError(f"weight sync: {never[0]} was not sent, and this engine has never been given it")
-        self._dapo_sums: dict[str, float] = {name: given[name] for name in unchanged}
+        self._dapo_sums: dict[str, float] = kept_sums(given, unchanged)
         self._dapo_names: list[str] = []
         self._dapo_kept = unchanged
         self._dapo_opener = Opener()

@@ -86,9 +86,8 @@ class WeightDelivery:
             ranks=self.config.data_parallel,
             tokens_per_pack=self.config.batch.tokens_per_pack,
         )
-        rollout, dtype = self.config.rollout, self.config.model.compute_dtype
-        precision = dtype if rollout.dtype == "auto" else rollout.dtype
         after = f"the sync of step {step}" if step else "the start"
-        check_probe(gap, rollout.probe_tolerance or default_tolerance(precision), after=after)
+        tolerance = default_tolerance(self.config.model.compute_dtype, self.config.engine_dtype)
+        check_probe(gap, self.config.rollout.probe_tolerance or tolerance, after=after)
         self._proved = True
         return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}

@@ -14,6 +14,7 @@ from dapo.rollout.checks import (
     check_completion,
     check_probe,
     compare_fingerprints,
+    default_tolerance,
     probe_gap,
 )
 from dapo.rollout.choice import choose_engine, make_engine
@@ -85,6 +86,12 @@ def test_probe_says_what_the_size_of_the_gap_points_at(ours: float, cause: str |
         return
     with pytest.raises(EngineError, match=f"after weight sync to version 3.*{cause}"):
         check_probe(gap, 1e-3, after="weight sync to version 3")
+
+
+def test_the_coarser_of_two_precisions_decides_what_the_probe_allows() -> None:
+    assert default_tolerance("float32", "float32") == 1e-3
+    for pair in (("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        assert default_tolerance(*pair) == 0.05
 
 
 def test_auto_takes_vllm_only_with_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,12 @@ def test_sync_of_wrong_tensors_names_the_first(
         engine.update_weights(damage(state).items(), version=1)
 
 
+def test_only_what_an_engine_was_given_can_be_kept(folder_of: Folders, processor_of: Processors) -> None:
+    engine = TransformersEngine(folder_of("dense"), processor_of("dense"))
+    with pytest.raises(EngineError, match=r"lm_head\.weight was not sent, and this engine has never been given it"):
+        engine.update_weights([], version=1, unchanged=["lm_head.weight"])
+
+
 def test_nan_weights_are_garbage_and_good_weights_heal(folder_of: Folders, processor_of: Processors) -> None:
     processor = processor_of("dense")
     engine = TransformersEngine(folder_of("dense"), processor)

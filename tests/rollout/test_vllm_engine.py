@@ -78,7 +78,7 @@ def gap_between(
         for one in group
     ]
     gap = probe_gap([one.logprobs for group in out for one in group], theirs)
-    check_probe(gap, default_tolerance("float32"), after="the test's sync")
+    check_probe(gap, default_tolerance("float32", "float32"), after="the test's sync")
     return gap.mean
 
 

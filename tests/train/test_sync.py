@@ -13,6 +13,7 @@ from dapo.data.processor import PromptProcessor
 from dapo.errors import EngineError
 from dapo.rollout.broadcast import Broadcast
 from dapo.rollout.checks import compare_fingerprints
+from dapo.rollout.choice import make_engine
 from dapo.rollout.transformers_engine import TransformersEngine
 from dapo.train import parallel, weights
 from dapo.train.fsdp_policy import FsdpPolicy
@@ -101,6 +102,37 @@ def test_a_bucket_holds_the_largest_module_and_no_more(tmp_path: Path, monkeypat
     )
     assert weights.bucket_bytes(policy.model, torch.float32) == largest
     assert weights.bucket_bytes(policy.model, torch.bfloat16) == largest // 2
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rollout", ["auto", "float32", "bfloat16"])
+def test_engine_and_trainer_agree_at_any_pair_of_precisions(rollout: str, compute: str, tmp_path: Path) -> None:
+    folder = small.make_folder(tmp_path, "moe")
+    config = run_config({"rollout": {"engine": "transformers", "dtype": rollout}, "model": {"compute_dtype": compute}})
+    processor = PromptProcessor(folder)
+    policy, engine = FsdpPolicy(config, folder, processor), make_engine(config, folder, processor, "cpu")
+    sync = WeightSync(policy)
+    name, parameter = next((n, p) for n, p in policy.model.named_parameters() if n.endswith("experts.down_proj"))
+
+    def deliver(version: int) -> None:
+        sent = sync.send(lambda weights, unchanged: engine.update_weights(weights, version, unchanged))
+        compare_fingerprints(trainer=sent.fingerprint, engine=engine.fingerprint())
+
+    for version in (1, 2):
+        with torch.no_grad():
+            parameter.add_(0.5)
+        deliver(version)
+
+    def damaged(weights: Any, unchanged: frozenset[str]) -> None:
+        engine.update_weights(((n, -2 * t if n == name else t) for n, t in weights), 3, unchanged)
+
+    with torch.no_grad():
+        parameter.add_(0.5)
+    sent = sync.send(damaged)
+    with pytest.raises(EngineError, match=f"{name} did not arrive"):
+        compare_fingerprints(trainer=sent.fingerprint, engine=engine.fingerprint())
+    sync.forget()
+    deliver(4)
 
 
 @pytest.mark.slow
