@@ -44,7 +44,7 @@ def as_markdown(name: str, decision: Decision) -> str:
     if decision.slices:
         lines += ["", "| slice | prompts | champion | challenger | difference |", "|---|---|---|---|---|"]
         lines += [
-            f"| {s.tag} | {s.prompts} | {s.champion:.3f} | {s.challenger:.3f} "
+            f"| {s.tag} | {s.prompts} | {s.baseline:.3f} | {s.ours:.3f} "
             f"| {s.difference.value:+.3f} [{s.difference.low:+.3f}, {s.difference.high:+.3f}] |"
             for s in decision.slices
         ]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dapo.eval.estimate import Interval, accuracy_interval, paired_difference
+from dapo.eval.estimate import Interval, accuracy_interval
+from dapo.eval.paired import PairedSlice, paired
 from dapo.eval.results import Results, accuracies, slices
 from dapo.eval.runs import RunRecord, Verdicts
 
@@ -54,17 +55,6 @@ class EqualPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class SlicePair:
-    """One slice of a paired comparison."""
-
-    tag: str
-    prompts: int
-    baseline: float
-    ours: float
-    difference: Interval
-
-
-@dataclass(frozen=True, slots=True)
 class Pair:
     """A run against the first one, over the same prompts; without verdicts in common `difference` is None."""
 
@@ -72,7 +62,7 @@ class Pair:
     where: str
     prompts: int
     difference: Interval | None
-    slices: tuple[SlicePair, ...]
+    slices: tuple[PairedSlice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,18 +198,10 @@ def _pair(baseline: RunRecord, run: RunRecord) -> Pair:
     if not common:
         return Pair(run.name, _why_no_pair(baseline, run), 0, None, ())
     ours, theirs = max(common, key=lambda pair: _answers(pair[0]))
-    left, right = accuracies(ours.by_prompt), accuracies(theirs.by_prompt)
-    both = left.keys() & right.keys()
-    if not both:
+    found = paired(ours.by_prompt, theirs.by_prompt)
+    if found is None:
         return Pair(run.name, "no prompt has a verdict in both runs", 0, None, ())
-    parts = []
-    for tag, members in slices(ours.by_prompt).items():
-        if shared := members.keys() & both:
-            a, b = ({p: side[p] for p in shared} for side in (left, right))
-            mean = (sum(b.values()) / len(b), sum(a.values()) / len(a))
-            parts.append(SlicePair(tag, len(shared), *mean, paired_difference(a, b)))
-    whole = paired_difference({p: left[p] for p in both}, {p: right[p] for p in both})
-    return Pair(run.name, f"{ours.where} against {theirs.where}", len(both), whole, tuple(parts))
+    return Pair(run.name, f"{ours.where} against {theirs.where}", found.prompts, found.difference, found.slices)
 
 
 def _why_no_pair(baseline: RunRecord, run: RunRecord) -> str:

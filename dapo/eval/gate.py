@@ -7,7 +7,7 @@ promote, and a gain does not pay for a regression.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ from pydantic import Field
 
 from dapo.config.base import Frozen
 from dapo.errors import DataError
-from dapo.eval.estimate import Interval, paired_difference
-from dapo.eval.results import PromptResult, Results, accuracies, numbers, slices
+from dapo.eval.estimate import Interval
+from dapo.eval.paired import PairedSlice, paired
+from dapo.eval.results import PromptResult, Results, numbers
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,17 +55,6 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceDifference:
-    """One slice: challenger minus champion."""
-
-    tag: str
-    prompts: int
-    champion: float
-    challenger: float
-    difference: Interval
-
-
-@dataclass(frozen=True, slots=True)
 class Decision:
     """What the gate says, with everything it was said from."""
 
@@ -74,7 +64,8 @@ class Decision:
     """Accuracy, challenger minus champion, paired over prompts."""
     champion: dict[str, float]
     challenger: dict[str, float]
-    slices: tuple[SliceDifference, ...]
+    slices: tuple[PairedSlice, ...]
+    """The champion is the baseline."""
     gate: GateConfig
 
     @property
@@ -91,7 +82,7 @@ class Decision:
             "champion": self.champion,
             "challenger": self.challenger,
             "checks": [asdict(check) for check in self.checks],
-            "slices": [asdict(one) for one in self.slices],
+            "slices": [_plain(one) for one in self.slices],
             "gate": self.gate.model_dump(mode="json"),
         }
         return dict(_without_nan(told))
@@ -107,26 +98,23 @@ def decide(champion: Results, challenger: Results, gate: GateConfig) -> Decision
         DataError: the two did not answer the same prompts the same number of times.
     """
     _same_questions(champion, challenger)
-    ours, theirs = accuracies(challenger), accuracies(champion)
-    common = ours.keys() & theirs.keys()
-    if not common:
+    pair = paired(challenger, champion)
+    if pair is None:
         raise DataError("no prompt has a verdict on both sides: the reward function failed on all; see the job's log")
-    difference = _paired(ours, theirs, common)
     before, after = numbers(champion), numbers(challenger)
-    parts = _slices(champion, ours, theirs)
     checks = [
         _check(
             "gain",
-            difference.low > gate.min_gain,
-            f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {_told(difference)} over "
-            f"{len(common)} prompts",
+            pair.difference.low > gate.min_gain,
+            f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {_told(pair.difference)} over "
+            f"{pair.prompts} prompts",
             f"does not lie above {gate.min_gain:+.3f}",
             f"lies above {gate.min_gain:+.3f}",
         ),
         _check(
             "prompts",
-            len(common) >= gate.min_prompts,
-            f"{len(common)} prompts with verdicts on both sides",
+            pair.prompts >= gate.min_prompts,
+            f"{pair.prompts} prompts with verdicts on both sides",
             f"are fewer than {gate.min_prompts}",
             f"are at least {gate.min_prompts}",
         ),
@@ -138,9 +126,10 @@ def decide(champion: Results, challenger: Results, gate: GateConfig) -> Decision
             f"is at most {gate.max_failed}",
         ),
         *_limits(before, after, gate),
-        *([] if gate.max_slice_loss is None else [_slice_check(parts, gate.max_slice_loss, gate.min_slice_prompts)]),
     ]
-    return Decision(all(c.passed for c in checks), tuple(checks), difference, before, after, tuple(parts), gate)
+    if gate.max_slice_loss is not None:
+        checks.append(_slice_check(pair.slices, gate.max_slice_loss, gate.min_slice_prompts))
+    return Decision(all(c.passed for c in checks), tuple(checks), pair.difference, before, after, pair.slices, gate)
 
 
 def _limits(before: dict[str, float], after: dict[str, float], gate: GateConfig) -> list[Check]:
@@ -181,27 +170,13 @@ def _limits(before: dict[str, float], after: dict[str, float], gate: GateConfig)
     ]
 
 
-def _slice_check(parts: list[SliceDifference], most: float, least_prompts: int) -> Check:
+def _slice_check(parts: Sequence[PairedSlice], most: float, least_prompts: int) -> Check:
     judged = [p for p in parts if p.prompts >= least_prompts]
     worse = [p for p in judged if p.difference.value < -most and p.difference.high < 0]
     named = "; ".join(f"{p.tag} {_told(p.difference)} ({p.prompts} prompts)" for p in worse)
     if worse:
         return Check("slices", False, f"slices lost more than {most}: {named}")
     return Check("slices", True, f"none of {len(judged)} slices lost more than {most} beyond chance")
-
-
-def _slices(champion: Results, ours: dict[str, float], theirs: dict[str, float]) -> list[SliceDifference]:
-    found = []
-    for tag, members in slices(champion).items():
-        common = members.keys() & ours.keys() & theirs.keys()
-        if common:
-            mean = [math.fsum(side[p] for p in common) / len(common) for side in (theirs, ours)]
-            found.append(SliceDifference(tag, len(common), mean[0], mean[1], _paired(ours, theirs, common)))
-    return found
-
-
-def _paired(ours: dict[str, float], theirs: dict[str, float], common: set[str]) -> Interval:
-    return paired_difference({p: ours[p] for p in common}, {p: theirs[p] for p in common})
 
 
 def _same_questions(champion: Results, challenger: Results) -> None:
@@ -227,6 +202,11 @@ def _check(name: str, passed: bool, numbers: str, bad: str, good: str) -> Check:
 
 def _told(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def _plain(one: PairedSlice) -> dict[str, Any]:
+    told: dict[str, Any] = {"tag": one.tag, "prompts": one.prompts, "champion": one.baseline, "challenger": one.ours}
+    return told | {"difference": asdict(one.difference)}
 
 
 def _without_nan(value: Any) -> Any:

@@ -79,6 +79,8 @@ def slices(even, odd):
 def test_a_slice_that_got_worse_is_not_paid_for_by_another():
     decision = decide(slices(50, 50), slices(100, 40), GateConfig())
     assert failed(decision) == ["slices"]
+    odd = next(one for one in decision.plain()["slices"] if one["tag"] == "half:odd")
+    assert (odd["prompts"], odd["champion"], odd["challenger"]) == (100, 0.5, 0.4)
     assert "half:odd -0.100" in decision.reasons[0]
     assert "half:even" not in decision.reasons[0]
 
