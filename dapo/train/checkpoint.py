@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.errors import CheckpointError
+from dapo.train import optim
 from dapo.train.parallel import Layout
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FAILURES = (Exception, CheckpointException)  # the latter is a BaseException
 
 
@@ -31,8 +31,11 @@ class Saver:
         self._layout = layout
         self._group: Any = None
 
-    def copy(self, model: nn.Module, optimizer: torch.optim.AdamW, updates: int) -> dict[str, Any]:
+    def copy(
+        self, model: nn.Module, optimizer: torch.optim.AdamW, moments_home: torch.device, updates: int
+    ) -> dict[str, Any]:
         """Weights, moments, update count and this rank's RNG, in host memory."""
+        optim.make_state(optimizer, moments_home)  # a run whose updates were all skipped has none yet
         if self._layout.mesh is not None and self._group is None:
             # Its collectives run beside the training's, so they need a group of their own.
             self._group = dist.new_group(backend="gloo")
@@ -69,10 +72,7 @@ def load(
     except _FAILURES as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {_first_cause(error)}") from error
     found = metadata.state_dict_metadata
-    for parameter in _parameters(model).values():
-        if parameter.requires_grad and not optimizer.state[parameter]:
-            optimizer.state[parameter] = {n: torch.zeros_like(parameter.detach()).to(moments_home) for n in _MOMENTS}
-            optimizer.state[parameter]["step"] = torch.zeros(())
+    optim.make_state(optimizer, moments_home)
     updates = torch.tensor(0)
     state = _state(model, optimizer) | {"updates": updates}
     state |= {name: tensor for name, tensor in _rng_state(layout).items() if name in found}

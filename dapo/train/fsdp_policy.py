@@ -248,7 +248,7 @@ class FsdpPolicy:
     def save(self, folder: Path) -> None:
         """Begin to write sharded weights, optimiser state, update count and every rank's RNG into an existing folder;
         collective. Returns when all is copied to host memory; `written` says when the folder is whole."""
-        state = self.saver.copy(self.network.model, self.optimizer, self.updates)
+        state = self.saver.copy(self.network.model, self.optimizer, self._moments_home, self.updates)
         self.writing.start(partial(self.saver.write, folder, state), "checkpoint")
 
     def export(self, folder: Path) -> None:

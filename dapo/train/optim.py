@@ -35,6 +35,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, streamed: bool 
     )
 
 
+def make_state(optimizer: torch.optim.AdamW, home: torch.device) -> None:
+    """What AdamW makes in its first update, for parameters that have none: moments of zero on `home`, update count 0.
+
+    The count is on the parameter's device, wherever the moments are: the fused update takes it from nowhere else.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: torch.zeros_like(parameter.detach(), device=home) for name in ("exp_avg", "exp_avg_sq")}
+
+
 def step(optimizer: torch.optim.AdamW, rate: float, home: torch.device, device: torch.device) -> None:
     """One update at this rate; moments live on `home` and are worked on where the weights are (`device`)."""
     groups = optimizer.param_groups

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dapo.errors import CheckpointError
+from dapo.train import optim
 from tests.model.tiny import make_batch, make_folder
 from tests.train.policies import full_disk, make_policy, save, step, weights_of
 
@@ -23,6 +24,39 @@ def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path):
     step(resumed, batches[1])
     expected = weights_of(policy)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.named_weights())
+
+
+def test_a_run_without_an_update_so_far_goes_on_to_the_same_bits(tmp_path):
+    """As after a first step whose updates were all skipped."""
+    folder = make_folder(tmp_path / "hf", "dense")
+    policy = make_policy(folder)
+    save(policy, tmp_path / "state")
+    resumed = make_policy(folder)
+    resumed.load(tmp_path / "state")
+    expected = make_policy(folder)
+    for one in (policy, resumed, expected):
+        step(one, make_batch())
+    for one in (policy, resumed):
+        assert one.updates == 2
+        assert all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(one.named_weights(), expected.named_weights(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("home", ["meta", "cpu"])
+def test_a_loaded_states_update_count_is_where_the_parameters_are(home):
+    """There the fused update of accelerators looks for it; `cpu` is the offloaded optimiser, `meta` any accelerator."""
+    model = torch.nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    optim.make_state(optimizer, torch.device(home))
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert {name: tensor.device.type for name, tensor in state.items()} == {
+            "step": "meta",
+            "exp_avg": home,
+            "exp_avg_sq": home,
+        }
+        assert state["step"].dtype == torch.float32
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
