@@ -21,7 +21,7 @@ from dapo.eval.estimate import accuracy_interval
 from dapo.eval.models import Model
 from dapo.eval.results import PromptResult
 from dapo.observe.manifest import code_digest
-from dapo.types import RolloutGroup, SamplingParams
+from dapo.types import RolloutGroup
 
 # What turns weights and prompts into verdicts.
 _MEASURING_CODE = ("data", "eval/estimate.py", "eval/results.py", "model", "rewards", "rollout")
@@ -127,21 +127,6 @@ def make_folder(config: RunConfig, model: Model, data: Path, weights: Path) -> E
         inputs = {"data": str(data.resolve()), "weights": str(weights.resolve()), "model": model.plain(), "set": asked}
         folder.inputs.write_text(json.dumps(inputs, indent=1))
     return folder
-
-
-def sampling(config: RunConfig, stop: Sequence[int], banned: Sequence[int]) -> SamplingParams:
-    """Decoding of validation: `validation.*`, and the same random streams for every model (`seed`)."""
-    asked = config.validation
-    return SamplingParams(
-        n=asked.samples,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        max_tokens=config.batch.max_response_tokens,
-        stop_token_ids=tuple(stop),
-        banned_token_ids=tuple(banned),
-        seed=config.seed,
-    )
 
 
 def measure(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from dapo.plan.packing import CostModel, plan_packs
 from dapo.runtime import checkpoints
 from dapo.runtime.delivery import WeightDelivery
 from dapo.runtime.dynamic_sampling import DynamicSampling
-from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text
+from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text, refuse_broken_reward
 from dapo.runtime.mirror import Mirror
 from dapo.train.policy import Policy, UpdateResult
 from dapo.types import Prompt, RolloutGroup
@@ -205,6 +205,7 @@ class Controller:
     def validate(self) -> None:
         """Measure the policy on the held-out prompts."""
         groups = self.generation.validation_groups(self.held_out)
+        refuse_broken_reward(groups, self.config)
         verdicts = results.of_groups(groups)
         metrics = results.val_metrics(verdicts)
         table = self.folder.validation_table(self.at.step)

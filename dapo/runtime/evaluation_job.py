@@ -15,29 +15,27 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dapo.algo.batch import judged
 from dapo.config import io
 from dapo.config.run import RunConfig
-from dapo.errors import DapoError, DataError, RewardError
+from dapo.errors import DapoError, EngineError
 from dapo.eval import results
-from dapo.eval.evaluate import EvaluationFolder, measure, sampling
+from dapo.eval.evaluate import EvaluationFolder, measure
 from dapo.eval.page import write_evaluation
 from dapo.records import group_from_plain, group_to_plain
 from dapo.runtime.evaluation import on_ray
-from dapo.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+from dapo.runtime.generation import Generation, Streams, Text, refuse_broken_reward
+from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger("dapo.evaluation")
 
 _SEQUENCES_AHEAD = 4
 """A round asks for so many times the sequences decoded together: enough to keep the engine full."""
-
-Generate = Callable[[Sequence[Prompt], SamplingParams], list[list[Completion]]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,75 +60,53 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
     from dapo import torchvision_cpu
 
     torchvision_cpu.install()
+    from dapo.data.processor import PromptProcessor
     from dapo.rewards.pool import RewardPool
+    from dapo.runtime.prompts import held_out
 
     started = time.monotonic()
     inputs = folder.read_inputs()
     weights = Path(inputs["weights"])
-    prompts, processor = load_held_out(config, Path(inputs["data"]), weights)
+    processor = PromptProcessor(weights)
+    prompts = held_out(config, Path(inputs["data"]), processor)
     _tell(folder, 0, len(prompts))
-    params = sampling(config, processor.stop_token_ids, processor.banned_token_ids)
-    done = _kept(folder, prompts, params.n)
+    done = _kept(folder, prompts, config.validation.samples)
     if done:
         log.info("%d of %d prompts were answered before", len(done), len(prompts))
-    size = max(1, _SEQUENCES_AHEAD * config.rollout.max_num_seqs // params.n)
+    size = max(1, _SEQUENCES_AHEAD * config.rollout.max_num_seqs // config.validation.samples)
+    text = Text(processor.stop_token_ids, processor.banned_token_ids, processor.decode_many)
     with (
-        _generator(config, weights, processor) as generate,
+        _engine(config, weights, processor) as engine,
         RewardPool(
             config.reward.function, workers=config.reward.workers, deadline_s=config.reward.deadline_s
         ) as rewards,
         folder.answers.open("a") as answers,
     ):
+        generation = Generation(config, engine, rewards, text, restart=_give_up, phase=lambda _: nullcontext())
         left = [p for p in prompts if p.id not in done]
         for begin in range(0, len(left), size):
-            part = left[begin : begin + size]
-            completions = generate(part, params)
-            for group in _judge(part, completions, processor.decode_many, rewards.score, config):
+            for group in generation.validation_groups(left[begin : begin + size]):
                 done[group.prompt.id] = group
                 answers.write(json.dumps(_without_pictures(group)) + "\n")
             answers.flush()
             _tell(folder, len(done), len(prompts))
     groups = [done[p.id] for p in prompts]
-    _refuse_broken_reward(groups, config)
+    refuse_broken_reward(groups, config)
     measured = measure(groups, time.monotonic() - started)
     folder.results.write_text(results.to_lines(results.of_groups(groups)))
     write_evaluation(folder.page, config, inputs, measured, groups)
     _write_whole(folder.metrics, measured)
 
 
-def load_held_out(config: RunConfig, data: Path, weights: Path) -> tuple[list[Prompt], Any]:
-    """Prompts of the configured split that fit, and the model's processor.
-
-    Raises:
-        DataError: the data has no such split, or none of its prompts fits.
-    """
-    from dapo.data.dataset import load_prompts
-    from dapo.data.processor import PromptProcessor
-
-    processor = PromptProcessor(weights)
-    split = data / f"{config.data.validation_split}.parquet"
-    found = load_prompts(
-        split,
-        processor,
-        instruction=config.data.instruction,
-        limit=config.data.max_prompt_tokens,
-        too_long=config.data.too_long,
-        max_prompts=config.validation.max_prompts,
-    )
-    if not found.prompts:
-        raise DataError(f"{split} has no prompt of at most data.max_prompt_tokens={config.data.max_prompt_tokens}")
-    return list(found.prompts), processor
-
-
 @contextmanager
-def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Generate]:
+def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[Streams]:
     """The engine in this process, or the workers of a cluster."""
     if not on_ray(config):
         from dapo import device
         from dapo.rollout.choice import make_engine
 
         engine = make_engine(config, weights, processor, device.torch_device(device.resolve(config.device)))
-        yield engine.generate
+        yield engine
         engine.close()
         return
     import ray
@@ -142,24 +118,14 @@ def _generator(config: RunConfig, weights: Path, processor: Any) -> Iterator[Gen
     for place in workers.ready(workers.begin(weights)):
         log.info("worker %s", place)
     try:
-        yield RayEngine(workers).generate
+        yield RayEngine(workers)
     finally:
         workers.close()
 
 
-def _judge(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    decode: Callable[[list[tuple[int, ...]]], list[str]],
-    score: Callable[[Sequence[tuple[str, str]]], Sequence[Any]],
-    config: RunConfig,
-) -> Iterator[RolloutGroup]:
-    texts = decode([c.token_ids for group in completions for c in group])
-    answers = [p.answer for p, group in zip(prompts, completions, strict=True) for _ in group]
-    judgements = zip(score(list(zip(texts, answers, strict=True))), texts, strict=True)
-    for prompt, samples in zip(prompts, completions, strict=True):
-        rollouts = tuple(Rollout(prompt.id, i, c, *next(judgements)) for i, c in enumerate(samples))
-        yield judged(RolloutGroup(prompt, rollouts), config)
+def _give_up(error: EngineError) -> None:
+    """The answers so far are in the folder: who asks again goes on behind them."""
+    raise error
 
 
 def _kept(folder: EvaluationFolder, prompts: Sequence[Prompt], samples: int) -> dict[str, RolloutGroup]:
@@ -184,16 +150,6 @@ def _without_pictures(group: RolloutGroup) -> dict[str, Any]:
     """The prompt is in the data, and log-probabilities are of no use here: both are most of the bytes."""
     rollouts = tuple(replace(r, completion=replace(r.completion, logprobs=())) for r in group.rollouts)
     return group_to_plain(replace(group, prompt=replace(group.prompt, images=(), token_ids=()), rollouts=rollouts))
-
-
-def _refuse_broken_reward(groups: Sequence[RolloutGroup], config: RunConfig) -> None:
-    rollouts = [r for g in groups for r in g.rollouts]
-    failed = [r for r in rollouts if r.failed]
-    if len(failed) > config.reward.max_failed_share * len(rollouts):
-        raise RewardError(
-            f"{len(failed)} of {len(rollouts)} checks of reward.function={config.reward.function} failed; the first: "
-            f"{failed[0].outcome}. Try it with `dapo reward test {config.reward.function}`"
-        )
 
 
 def _tell(folder: EvaluationFolder, done: int, total: int) -> None:

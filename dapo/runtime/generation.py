@@ -135,15 +135,13 @@ class Generation:
         # `open` holds them until they are judged: where the engine fails for good, nothing is lost.
         groups = self._round(self.open, params, "generate")
         self.open = [group for group in self.open if not group.complete]
-        self._stop_on_broken_reward(groups)
+        refuse_broken_reward(groups, self.config)
         return groups
 
     def validation_groups(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """The held-out prompts, answered and judged."""
+        """Held-out prompts, answered and judged, however many checks failed."""
         params = self.validation()
-        groups = self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate")
-        self._stop_on_broken_reward(groups)
-        return groups
+        return self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate")
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [group.to_plain() for group in self.open]
@@ -227,12 +225,18 @@ class Generation:
                     raise
                 failure = error
 
-    def _stop_on_broken_reward(self, groups: Sequence[RolloutGroup]) -> None:
-        rollouts = [r for g in groups for r in g.rollouts]
-        failed = [r for r in rollouts if r.failed]
-        if len(failed) > self.config.reward.max_failed_share * len(rollouts):
-            raise RewardError(
-                f"{len(failed)} of {len(rollouts)} checks of reward.function={self.config.reward.function} failed in "
-                f"one round (reward.max_failed_share={self.config.reward.max_failed_share}); the first: "
-                f"{failed[0].outcome}. Try it with `dapo reward test {self.config.reward.function}`"
-            )
+
+def refuse_broken_reward(groups: Sequence[RolloutGroup], config: RunConfig) -> None:
+    """Failed checks are no wrong answers: many of them are an error.
+
+    Raises:
+        RewardError: of the rollouts, more than `reward.max_failed_share` have no verdict.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    failed = [r for r in rollouts if r.failed]
+    if len(failed) > config.reward.max_failed_share * len(rollouts):
+        raise RewardError(
+            f"{len(failed)} of {len(rollouts)} checks of reward.function={config.reward.function} failed, more than "
+            f"reward.max_failed_share={config.reward.max_failed_share} allows; the first: {failed[0].outcome}. Try it "
+            f"with `dapo reward test {config.reward.function}`"
+        )

@@ -17,13 +17,12 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from dapo.config import io
 from dapo.config.run import RunConfig
-from dapo.errors import DapoError, DataError
+from dapo.errors import DapoError
 from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
 from dapo.plan.flops import ModelFlops
@@ -84,10 +83,13 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     workers = Workers(config)
     loading = workers.begin(weights)
 
+    from dapo.data.processor import PromptProcessor
+    from dapo.runtime import prompts
     from dapo.runtime.controller import Controller
     from dapo.runtime.generation import Text
 
-    prompts, held_out, text = load_prompts(config, data, weights)
+    processor = PromptProcessor(weights)
+    training, held_out = prompts.training(config, data, processor), prompts.held_out(config, data, processor)
     with RewardPool(
         config.reward.function, workers=config.reward.workers, deadline_s=config.reward.deadline_s
     ) as rewards:
@@ -100,9 +102,9 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             RayPolicy(workers),
             RayEngine(workers),
             rewards,
-            prompts,
+            training,
             held_out,
-            Text(text.stop_token_ids, text.banned_token_ids, text.decode_many),
+            Text(processor.stop_token_ids, processor.banned_token_ids, processor.decode_many),
             cost=cost_model(weights),
             mirror=mirror,
         )
@@ -120,37 +122,6 @@ def _stop(folder: RunFolder, *_: object) -> None:
         log.error("ended without a checkpoint: it was asked to stop, and then told to")
         os._exit(1)
     folder.stop_request.write_text("the job received SIGTERM\n")
-
-
-def load_prompts(config: RunConfig, data: Path, weights: Path) -> tuple[list[Any], list[Any], Any]:
-    """Training prompts, held-out prompts and the processor that measured them."""
-    from dapo.data.dataset import load_prompts as load
-    from dapo.data.processor import PromptProcessor
-
-    processor = PromptProcessor(weights)
-    settings = config.data
-
-    def split(name: str, most: int | None) -> list[Any]:
-        found = load(
-            data / f"{name}.parquet",
-            processor,
-            instruction=settings.instruction,
-            limit=settings.max_prompt_tokens,
-            too_long=settings.too_long,
-            max_prompts=most,
-        )
-        log.info(
-            "%s: %d prompts, %d dropped (longer than %d tokens)",
-            name,
-            len(found.prompts),
-            len(found.dropped),
-            settings.max_prompt_tokens,
-        )
-        if not found.prompts:
-            raise DataError(f"split {name} of {data} has no prompt of at most {settings.max_prompt_tokens} tokens")
-        return list(found.prompts)
-
-    return split("train", None), split(settings.validation_split, config.validation.max_prompts), processor
 
 
 def cost_model(weights: Path) -> CostModel | None:

@@ -97,7 +97,7 @@ def test_other_questions_have_another_folder(world):
 
 def test_a_broken_grader_is_an_error_not_an_accuracy_of_zero(world):
     folder = folder_for(world, reward__function="tests.flows.easy_reward:always_fails", validation__max_prompts=2)
-    with pytest.raises(RewardError, match=r"4 of 4 checks of reward\.function=.* failed; the first: Crashed"):
+    with pytest.raises(RewardError, match=r"4 of 4 checks of reward\.function=.* failed, .*; the first: Crashed"):
         evaluate(folder, quiet)
     assert not folder.done
     assert json.loads(folder.error.read_text())["error"] == "RewardError"
