@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dapo.errors import EnvironmentCheckError
+from dapo.files import write_whole
 from dapo.runtime import processes
 
 START_DEADLINE_S = 180.0
@@ -89,9 +89,7 @@ class Service:
         if process is None:
             raise self._failed(f"ended at once with code {child.wait()}")
         record = Record(child.pid, process.born, mark, address, tuple(command))
-        partial = self._record.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(record), indent=1))
-        os.replace(partial, self._record)
+        write_whole(self._record, json.dumps(asdict(record), indent=1))
 
     def wait(self, answers: Callable[[], bool]) -> None:
         """Return once it answers.

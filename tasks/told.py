@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from dapo.config.run import RunConfig
+from dapo.files import write_whole
 from dapo.observe.journal import Event
 from dapo.observe.layout import RunFolder
 from tasks.outage import OUTAGE_S, patiently
@@ -185,9 +185,7 @@ class Recorder:
     def _remember(self) -> None:
         confirmed = min((one.begin for one in self._pending), default=self.offset)
         told = {"offset": confirmed, "alarms_told": self._alarms_told, "flow_runs": self._flow_runs}
-        partial = self._place.with_suffix(".partial")
-        partial.write_text(json.dumps(told))
-        os.replace(partial, self._place)
+        write_whole(self._place, json.dumps(told))
 
 
 def _completed(flow_runs: list[str]) -> set[str]:

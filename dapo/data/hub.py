@@ -23,6 +23,7 @@ from dapo.data.retry import ATTEMPTS, pause, short
 from dapo.data.storage import Progress, exclusive, quiet, room_on
 from dapo.data.transfer import RemoteFile, Transfer, is_transport
 from dapo.errors import DapoError, DataError, WeightsError
+from dapo.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +157,9 @@ class HubRepo:
             if not _stays_inside(entry.path):
                 raise self.error(f"{self.kind} {self.repo} lists a file outside of itself: {entry.path!r}; not fetched")
         with room_on(self.folder, f"the file list of {self.repo}", self.error):
-            _write(self.folder / f"{commit}.files.json", json.dumps([asdict(e) for e in entries]))
+            write_whole(self.folder / f"{commit}.files.json", json.dumps([asdict(e) for e in entries]))
             if revision != commit:
-                _write(self.folder / "refs" / quote(revision, safe=""), commit)
+                write_whole(self.folder / "refs" / quote(revision, safe=""), commit)
         return commit
 
     def _with_retries(self, request: Callable[[], _T]) -> _T:
@@ -268,13 +269,3 @@ def _is_complete(folder: Path, files: Sequence[RemoteFile]) -> bool:
 def _stays_inside(path: str) -> bool:
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dapo.config.run import RunConfig
 from dapo.eval.samples_table import png
+from dapo.files import write_whole
 from dapo.types import RolloutGroup
 
 _SHOWN = 24
@@ -23,10 +23,7 @@ def write_page(path: Path, template: str, **given: Any) -> Path:
     loader = jinja2.ChoiceLoader([jinja2.PackageLoader("dapo.eval"), jinja2.PackageLoader("dapo.observe")])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": _percent, "signed": _signed}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(environment.get_template(template).render(**given))
-    os.replace(temporary, path)
+    write_whole(path, environment.get_template(template).render(**given))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from dapo.errors import DataError
+from dapo.files import write_whole
 from dapo.observe import manifest
 from dapo.observe.curves import CHARTS, draw
 from dapo.observe.journal import Event, read
@@ -45,9 +45,7 @@ def write_report(folder: RunFolder) -> Path:
         config=yaml.safe_dump(yaml.safe_load(folder.config.read_text()), sort_keys=False),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
-    temporary = folder.report.with_suffix(".tmp")
-    temporary.write_text(page)
-    os.replace(temporary, folder.report)
+    write_whole(folder.report, page)
     return folder.report
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo.config.run import RunConfig
+from dapo.files import write_whole
 from dapo.observe import manifest
 from dapo.observe.journal import Event, follow, read
 from dapo.observe.layout import RunFolder
@@ -258,9 +259,7 @@ class Shipper:
             client.log_batch(run_id, metrics=points)
 
     def _remember(self) -> None:
-        temporary = self.folder.mlflow.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._state))
-        os.replace(temporary, self.folder.mlflow)
+        write_whole(self.folder.mlflow, json.dumps(self._state))
 
 
 def log_artifacts(folder: RunFolder, config: RunConfig, files: Iterable[Path], under: str | None = None) -> None:

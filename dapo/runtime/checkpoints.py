@@ -6,7 +6,6 @@ temporary name and renamed, its `manifest.json` (size and SHA-256 of every file)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dapo.data.storage import sha256_of
 from dapo.errors import CheckpointError, DapoError
 from dapo.observe.journal import Journal
 from dapo.observe.layout import REGISTERED, RunFolder
@@ -194,7 +194,7 @@ def seal(folder: RunFolder, step: int, controller: str, metrics: Mapping[str, fl
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
         _flush(path)
-        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"step": step, "metrics": dict(metrics), "files": files}, indent=1))
     _flush(manifest)
@@ -227,7 +227,7 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {told['bytes']}"
-        if _sha256(file) != told["sha256"]:
+        if sha256_of(file) != told["sha256"]:
             return f"{name} has other content than was written"
     return None
 
@@ -272,11 +272,6 @@ def _discard(path: Path) -> None:
 def _temporary(folder: RunFolder, step: int) -> Path:
     final = folder.checkpoint(step)
     return final.with_name(f"{_WRITING}{final.name}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
+from dapo.files import write_whole
 from dapo.observe.layout import run_id
 from dapo.runtime import processes
 from dapo.runtime.dashboard import Dashboard, DashboardAway
@@ -279,9 +280,7 @@ def _remembered(place: Path) -> LocalHead | None:
 
 
 def _remember(place: Path, head: LocalHead) -> None:
-    partial = place / "head.json.partial"
-    partial.write_text(json.dumps(asdict(head)))
-    partial.replace(place / "head.json")
+    write_whole(place / "head.json", json.dumps(asdict(head)))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from dapo.errors import DapoError, EngineError
 from dapo.eval import results
 from dapo.eval.evaluate import EvaluationFolder, measure
 from dapo.eval.page import write_evaluation
+from dapo.files import write_whole
 from dapo.records import group_from_plain, group_to_plain
 from dapo.runtime.evaluation import on_ray
 from dapo.runtime.generation import Generation, Streams, Text, refuse_broken_reward
@@ -95,7 +95,7 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
     measured = measure(groups, time.monotonic() - started)
     folder.results.write_text(results.to_lines(results.of_groups(groups)))
     write_evaluation(folder.page, config, inputs, measured, groups)
-    _write_whole(folder.metrics, measured)
+    write_whole(folder.metrics, json.dumps(measured, indent=1))
 
 
 @contextmanager
@@ -153,17 +153,11 @@ def _without_pictures(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _tell(folder: EvaluationFolder, done: int, total: int) -> None:
-    _write_whole(folder.progress, {"done": done, "total": total})
+    write_whole(folder.progress, json.dumps({"done": done, "total": total}))
 
 
 def _fail(folder: EvaluationFolder, kind: str, message: str) -> None:
-    _write_whole(folder.error, {"error": kind, "message": message})
-
-
-def _write_whole(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    write_whole(folder.error, json.dumps({"error": kind, "message": message}))
 
 
 if __name__ == "__main__":
