@@ -29,7 +29,8 @@ def stop_training(flow: object, flow_run: FlowRun, state: object) -> None:
 
 
 def retraining_file(run: RunConfig, flow_run_id: str) -> Path:
-    """JSON: what a flow run of `retrain` set out with, `reason`, `champion` and `training` (a configuration)."""
+    """JSON of a flow run of `retrain`: `reason`, `training` (a configuration), and `champion`, the version that the
+    challenger is compared with."""
     return Path(run.run_root).resolve() / "retrain" / f"{flow_run_id}.json"
 
 

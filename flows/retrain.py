@@ -29,8 +29,9 @@ from dapo.errors import ConfigError
 from dapo.eval.gate import GateConfig
 from dapo.eval.models import BASE, checkpoint_of
 from dapo.eval.retrain import Split, measuring_config, require_split, training_config
+from dapo.files import write_whole
 from dapo.observe.layout import RunFolder
-from dapo.observe.registry import Registry
+from dapo.observe.registry import CHAMPION, ChampionChanged, ModelVersion, Registry
 from dapo.observe.shipper import tracking_uri
 from flows.cancellation import retraining_file, stop_training
 from flows.dapo import dapo
@@ -107,7 +108,6 @@ def retrain(
     if begun.training is None:
         return f"skipped: {begun.reason}"
     training = begun.training
-    champion = Registry(tracking_uri(run), name).require(begun.champion) if begun.champion is not None else None
     state: Any = dapo(config=training, return_state=True)
     if state.is_cancelled():
         return Cancelled(message=f"the training was stopped: {state.message}; retry this flow run to go on")
@@ -116,33 +116,66 @@ def retrain(
     folder = RunFolder.of(training)
     checkpoint = str(checkpoint_of(folder.root))
     data = str(json.loads(folder.inputs.read_text())["data"])
+    kept = {"because": begun.reason, "run": folder.id}
     try:
-        with interrupted_when_cancelled():
-            before = evaluate(measuring, champion.reference if champion else BASE, data, "champion")
-            after = evaluate(measuring, checkpoint, data, "challenger")
+        after = _measured(measuring, checkpoint, data, "challenger")
+        challenger = register(run, checkpoint, after)
+        while True:
+            champion = _opponent(run, challenger)
+            against = champion.version if champion else None
+            before = _measured(measuring, champion.reference if champion else BASE, data, "champion")
+            decision = decide(name, before, after, gate or GateConfig()) | kept
+            if decision["promote"] and approval:
+                promote(run, challenger, against, decision | {"promote": None})
+                decision |= _asked(name, challenger, against, decision, approval_hours)
+            try:
+                path = promote(run, challenger, against, decision)
+                break
+            except ChampionChanged as changed:
+                get_run_logger().warning("compared again: %s", changed)
     except TerminationSignal:
         if not cancelled():
             raise
         return Cancelled(message="cancelled while it measured; retry this flow run to go on")
-    challenger = register(run, checkpoint, after)
-    decision = decide(name, before, after, gate or GateConfig()) | {"because": begun.reason, "run": folder.id}
-    if decision["promote"] and approval:
-        promote(run, challenger, begun.champion, decision | {"promote": None})
-        decision |= _asked(name, challenger, decision, approval_hours)
-    path = promote(run, challenger, begun.champion, decision)
     get_run_logger().info("decision: %s", path)
     wait_for_server()
     return f"{'promoted' if decision['promote'] else 'refused'}: {'; '.join(decision['reasons'])}"
 
 
-def _asked(name: str, challenger: int, decision: dict[str, Any], hours: float) -> dict[str, Any]:
+def _measured(config: RunConfig, reference: str, data: str, label: str) -> str:
+    """The evaluation's folder; raises TerminationSignal where the flow run is cancelled meanwhile."""
+    with interrupted_when_cancelled():
+        return evaluate(config, reference, data, label)
+
+
+def _opponent(run: RunConfig, challenger: int) -> ModelVersion | None:
+    """Whom the challenger has to beat: the champion of today, not the one of the days before the training.
+
+    It is remembered, for a flow run that is repeated after its promotion finds the challenger itself in that place.
+    """
+    place = retraining_file(run, str(flow_run.id))
+    told = json.loads(place.read_text())
+    registry = Registry(tracking_uri(run), run.mlflow.registered_model or "")
+    now = registry.get(CHAMPION)
+    version = now.version if now else None
+    if version not in (told["champion"], challenger):
+        get_run_logger().info("the champion is %s now, was %s: compared with that", version, told["champion"])
+        told["champion"] = version
+        write_whole(place, json.dumps(told, indent=1))
+    return registry.require(told["champion"]) if told["champion"] is not None else None
+
+
+def _asked(name: str, challenger: int, champion: int | None, decision: dict[str, Any], hours: float) -> dict[str, Any]:
     """What a person said, as changes to the decision; nobody's word keeps the champion."""
-    question = f"Promote **{name} version {challenger}**?\n\n" + "\n".join(f"- {r}" for r in decision["reasons"])
+    over = f"version {champion}" if champion is not None else "the base"
+    question = f"Promote **{name} version {challenger}** over {over}?\n\n"
+    question += "\n".join(f"- {reason}" for reason in decision["reasons"])
     form = Approval.with_initial_data(description=question)
     # A worker's slot is not held while a person sleeps: a deployment's run ends here and starts anew.
     ask = suspend_flow_run if deployment.id else pause_flow_run
     try:
-        answer = ask(wait_for_input=form, timeout=int(hours * 3600), key="approval")
+        # Agreed to over one champion, a promotion over another is another question.
+        answer = ask(wait_for_input=form, timeout=int(hours * 3600), key=f"approval-over-{champion or 'base'}")
     except FlowPauseTimeout:
         _go_on()
         reason = f"nobody approved within {hours:g} hours"
@@ -164,7 +197,6 @@ class _Begun:
     """What a retraining set out with. Later the champion or the data may be others: it stays what it was."""
 
     reason: str
-    champion: int | None
     training: RunConfig | None
     """None: there was no reason to train."""
 
@@ -174,10 +206,10 @@ def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     place = retraining_file(run, str(flow_run.id))
     if place.is_file():
         told = json.loads(place.read_text())
-        return _Begun(told["reason"], told["champion"], RunConfig.model_validate(told["training"]))
+        return _Begun(told["reason"], RunConfig.model_validate(told["training"]))
     train, reason, version = find_reason(run, because)
     if not train:
-        return _Begun(reason, version, None)
+        return _Begun(reason, None)
     # Now, for after days of training it would be too late; the training finds the same data prepared.
     require_split(Path(CachedStage(prepare_dataset, run.data).result()), split)
     name = run.mlflow.registered_model or ""
@@ -185,5 +217,5 @@ def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     training = training_config(run, champion, str(flow_run.id).replace("-", "")[:8])
     place.parent.mkdir(parents=True, exist_ok=True)
     told = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
-    place.write_text(json.dumps(told, indent=1))
-    return _Begun(reason, version, training)
+    write_whole(place, json.dumps(told, indent=1))
+    return _Begun(reason, training)

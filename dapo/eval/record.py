@@ -12,6 +12,7 @@ from typing import Any
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.eval.evaluate import EvaluationFolder
+from dapo.files import write_whole
 from dapo.observe.registry import ModelVersion, Registry
 from dapo.observe.shipper import connect, experiment_id, tracking_uri
 
@@ -92,7 +93,7 @@ def record_decision(
     }
     path = root / "decisions" / f"{registry.name}-v{challenger.version}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1))
     difference = decision["difference"]
     registry.tag(
         challenger,

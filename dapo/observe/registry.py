@@ -29,6 +29,10 @@ model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProc
 """
 
 
+class ChampionChanged(ConfigError):
+    """A promotion over a champion that is not the champion any more; nothing was changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelVersion:
     """One registered model."""
@@ -158,13 +162,13 @@ class Registry:
             over: the champion it was compared with.
 
         Raises:
-            ConfigError: somebody else became champion meanwhile; nothing was changed.
+            ChampionChanged: another version became champion meanwhile; nothing was changed.
         """
         now = self.get(CHAMPION)
         if now is not None and now.version == version.version:
             return
         if (now.version if now else None) != (over.version if over else None):
-            raise ConfigError(
+            raise ChampionChanged(
                 f"{self.name}: version {version.version} was compared with "
                 f"{f'version {over.version}' if over else 'no champion'}, but the champion is now "
                 f"{f'version {now.version}' if now else 'none'}; evaluate against that one"

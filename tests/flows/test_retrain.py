@@ -1,7 +1,7 @@
 """Retraining for real: training on Ray, evaluation, gate and registry, with a model of a million random weights.
 
 One story, in order, for every start of Ray costs seconds: the first training promotes because it is better, the second
-is not needed, the third is refused because it learned nothing.
+is not needed, the third is refused because it learned nothing, the fourth finds another champion than it set out with.
 """
 
 import contextvars
@@ -18,7 +18,7 @@ import pytest
 from dapo.config import io
 from dapo.errors import DataError
 from dapo.eval.evaluate import EvaluationFolder
-from dapo.observe.registry import CHALLENGER, CHAMPION, Registry
+from dapo.observe.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from dapo.observe.shipper import tracking_uri
 from dapo.runtime import cluster
 
@@ -108,6 +108,27 @@ def test_a_life(config, monkeypatch):
     assert registry.require(2).tags["weights.from"] == str(registry.require(1).folder)
 
 
+def test_a_champion_that_changed_meanwhile_is_the_one_to_beat(config):
+    """While a person thinks about a promotion over version 1, somebody promotes version 2."""
+    registry = Registry(tracking_uri(config), NAME)
+
+    def answers():
+        say({"decision": "promote"}, first=lambda: registry.promote(registry.require(2), over=registry.require(1)))
+        say({"decision": "promote", "note": "over 2, too"})
+
+    in_background(answers)
+    still = io.override(config, {"model.optimizer.lr": 1e-12, "train.steps": 1})
+    limits = ("min_gain", "max_length_growth", "max_format_loss", "max_truncated_gain", "max_slice_loss")
+    said = retrain(still, because="new figures", approval=True, gate=dict.fromkeys(limits) | {"min_gain": -1})
+    assert said.startswith("promoted: accuracy "), said
+    told = decision(config, 3)
+    assert told["versions"] == {"champion": 2, "challenger": 3}
+    assert told["approval"] == {"decision": "promote", "note": "over 2, too"}
+    assert registry.aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS: 2}
+    assert registry.require(3).tags["gate.against"] == "2"
+    assert len(list(Path(config.run_root).glob("letters-retrain-*"))) == 3, "nothing was trained a second time"
+
+
 def test_a_person_may_say_no():
     from prefect import flow
 
@@ -115,10 +136,9 @@ def test_a_person_may_say_no():
 
     @flow
     def ask():
-        return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=0.05)
+        return _asked(NAME, 3, 2, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=0.05)
 
-    # The server's address is in the context, which threads do not inherit.
-    threading.Thread(target=contextvars.copy_context().run, args=(say_no,), daemon=True).start()
+    in_background(lambda: say({"decision": "keep the champion", "note": "not on a Friday"}))
     assert ask() == {
         "promote": False,
         "reasons": ["not approved: not on a Friday"],
@@ -133,7 +153,7 @@ def test_nobody_s_word_keeps_the_champion():
 
     @flow
     def ask():
-        return _asked(NAME, 3, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=1 / 3600)
+        return _asked(NAME, 3, None, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=1 / 3600)
 
     state = ask(return_state=True)
     assert state.is_completed()
@@ -166,8 +186,13 @@ def test_a_training_notices_that_the_retraining_round_it_was_cancelled():
     assert outer() == (False, True)
 
 
-def say_no():
-    """Answers the form of the first flow run that waits."""
+def in_background(call):
+    """The server's address is in the context, which threads do not inherit."""
+    threading.Thread(target=contextvars.copy_context().run, args=(call,), daemon=True).start()
+
+
+def say(answer, first=lambda: None):
+    """Answers the form of the first flow run that waits; before that, `first` happens."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
 
@@ -175,7 +200,8 @@ def say_no():
     with get_client(sync_client=True) as client:
         while not (runs := client.read_flow_runs(flow_run_filter=waiting)):
             time.sleep(0.5)
-        client.resume_flow_run(runs[0].id, run_input={"decision": "keep the champion", "note": "not on a Friday"})
+        first()
+        client.resume_flow_run(runs[0].id, run_input=answer)
 
 
 def test_without_the_split_of_the_comparison_nothing_is_trained(config, tmp_path):
