@@ -9,6 +9,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from dapo.errors import DataError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.eval.gate import Decision, GateConfig
 from dapo.eval.gate import decide as weigh
@@ -23,8 +24,16 @@ def decide(name: str, champion: str, challenger: str, gate: GateConfig) -> dict[
         name: of the registered model.
         champion: folder of the champion's evaluation.
         challenger: folder of the challenger's.
+
+    Raises:
+        DataError: they answered different questions.
     """
     before, after = EvaluationFolder(Path(champion)), EvaluationFolder(Path(challenger))
+    if before.read_inputs()["set"] != after.read_inputs()["set"]:
+        raise DataError(
+            f"{before.id} and {after.id} were not asked and judged alike: the reward or the code that measures changed "
+            "between them; retry this flow run, and what is missing is measured again"
+        )
     decision = weigh(before.read_results(), after.read_results(), gate)
     log = get_run_logger()
     for check in decision.checks:

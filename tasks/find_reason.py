@@ -26,6 +26,7 @@ def find_reason(config: RunConfig, because: str) -> tuple[bool, str, int | None]
     from dapo.observe.shipper import tracking_uri
 
     champion = Registry(tracking_uri(config), config.mlflow.registered_model or "").get(CHAMPION)
-    found = occasion(champion, data_key(config.data, Path(config.data.cache_dir)), code_digest(), because)
+    data, code = data_key(config.data, Path(config.data.cache_dir)), code_digest(reward=config.reward.function)
+    found = occasion(champion, data, code, because)
     get_run_logger().info("%s: %s", "training" if found.train else "nothing to do", found.reason)
     return found.train, found.reason, champion.version if champion else None

@@ -110,7 +110,7 @@ def question_set(config: RunConfig, data: Path) -> str:
         "tokens": config.batch.max_response_tokens,
         "reward": config.reward.model_dump(mode="json", include={"function", "deadline_s"}),
         "engine": [config.rollout.engine, config.rollout.dtype, config.model.compute_dtype],
-        "code": code_digest(_MEASURING_CODE),
+        "code": code_digest(_MEASURING_CODE, config.reward.function),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

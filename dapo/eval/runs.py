@@ -79,7 +79,7 @@ class RunRecord:
     config: Mapping[str, str]
     """Dotted key to value."""
     code: Mapping[str, str]
-    """commit, digest, uncommitted (a digest of the difference)."""
+    """commit, digest, reward (digest of a user's), uncommitted (digest of the difference)."""
     packages: Mapping[str, str]
     data: Mapping[str, str]
     """name and digest of the data set."""
@@ -145,6 +145,7 @@ def _read(client: MlflowClient, experiments: list[str], run: Run, name: str) -> 
     if changes := code.get("uncommitted"):
         code["uncommitted"] = hashlib.sha256(changes.encode()).hexdigest()[:12]
     inputs = [one.dataset for one in (run.inputs.dataset_inputs if run.inputs else ())]
+    grader = str(code.get("reward", ""))
     history = {n: _history(client, run_id, n) for n in HISTORIES if n in run.data.metrics}
     return RunRecord(
         id=run_id,
@@ -154,17 +155,21 @@ def _read(client: MlflowClient, experiments: list[str], run: Run, name: str) -> 
         code=code,
         packages=dict(made.get("packages", {})),
         data={"name": inputs[0].name, "digest": inputs[0].digest} if inputs else {},
-        devices=int(config.get("model.parallel.world_size") or 1),
+        devices=int(config.get("model.parallel.world_size") or 1) + int(config.get("rollout.devices") or 0),
         metrics=dict(run.data.metrics),
         history=history,
-        verdicts=tuple(_verdicts(client, experiments, run, config, inputs[0].digest if inputs else "")),
+        verdicts=tuple(_verdicts(client, experiments, run, config, (inputs[0].digest if inputs else "", grader))),
     )
 
 
 def _verdicts(
-    client: MlflowClient, experiments: list[str], run: Run, config: Mapping[str, str], data: str
+    client: MlflowClient, experiments: list[str], run: Run, config: Mapping[str, str], digests: tuple[str, str]
 ) -> list[Verdicts]:
-    """Evaluations of the run's checkpoints (or the run itself, where it is one), newest first; then validations."""
+    """Evaluations of the run's checkpoints (or the run itself, where it is one), newest first; then validations.
+
+    Args:
+        digests: of the data, and of the user's reward.
+    """
     run_id = str(run.info.run_id)
     found = []
     if run.data.tags.get(KIND) == EVALUATION:
@@ -179,7 +184,7 @@ def _verdicts(
     paths = [a.path for a in client.list_artifacts(run_id, "validation") if a.path.endswith(".results.jsonl")]
     if paths and (text := _artifact(client, run_id, max(paths))):
         where = f"last validation ({Path(max(paths)).name.removesuffix('.results.jsonl')})"
-        asked = json.dumps([data, *(config.get(key) for key in _ASKED)])
+        asked = json.dumps([*digests, *(config.get(key) for key in _ASKED)])
         found.append(Verdicts(where, f"validation {asked}", results.from_lines(text, where)))
     return found
 

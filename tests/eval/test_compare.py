@@ -69,6 +69,17 @@ def test_metrics_are_compared_at_equal_steps_responses_and_device_hours(world):
     assert course(runs[1], "val/accuracy", "device_hours")[-1] == pytest.approx((0.04, 0.66))
 
 
+def test_engines_with_devices_of_their_own_cost_device_hours_too(world, tmp_path):
+    client, slow, _, _ = world
+    tree = {"model": {"parallel": {"world_size": 8}}, "rollout": {"devices": 8}}
+    tree["mlflow"] = {"tracking_uri": tracking_uri(slow[0])}
+    course = {"steps": 2, "gain": 0.1, "seconds": 1800.0, "responses": 512, "right": 50}
+    _, apart = make_run(tmp_path, "apart", **course, **tree)
+    [run] = read_runs(client, [apart])
+    assert run.devices == 16
+    assert compare([run, run]).costs[0].device_hours == pytest.approx(16)
+
+
 def test_what_a_point_cost(world):
     slow, fast = compare(world[3]).costs
     assert (slow.gain, fast.gain) == (pytest.approx(8.0), pytest.approx(16.0))
@@ -103,6 +114,19 @@ def test_other_questions_are_not_paired(world, tmp_path):
     [pair] = compare(read_runs(client, ["slow", other.name])).pairs
     assert pair.difference is None
     assert "the same prompts, but asked or judged in another way" in pair.where
+
+
+def test_validations_by_another_version_of_a_reward_are_not_paired(world, tmp_path, monkeypatch):
+    client, slow, _, _ = world
+    monkeypatch.chdir(tmp_path)
+    tree = {"reward": {"function": "graders:grade"}, "mlflow": {"tracking_uri": tracking_uri(slow[0])}}
+    course = {"steps": 1, "gain": 0.1, "seconds": 1.0, "responses": 8, "right": 50}
+    ids = []
+    for name, verdict in (("lenient", "True"), ("lenient too", "True"), ("strict", "response == answer")):
+        (tmp_path / "graders.py").write_text(f"def grade(response, answer):\n    return {verdict}\n")
+        ids.append(make_run(tmp_path, name.replace(" ", "-"), **course, **tree)[1])
+    paired = [p.difference is not None for p in compare(read_runs(client, ids)).pairs]
+    assert paired == [True, False]
 
 
 def test_an_evaluation_belongs_to_its_run_and_is_logged_once(world):
