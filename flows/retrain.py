@@ -215,7 +215,6 @@ def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     name = run.mlflow.registered_model or ""
     champion = Registry(tracking_uri(run), name).require(version) if version is not None else None
     training = training_config(run, champion, str(flow_run.id).replace("-", "")[:8])
-    place.parent.mkdir(parents=True, exist_ok=True)
     told = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
     write_whole(place, json.dumps(told, indent=1))
     return _Begun(reason, training)

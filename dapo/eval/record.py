@@ -92,7 +92,6 @@ def record_decision(
         **decision,
     }
     path = root / "decisions" / f"{registry.name}-v{challenger.version}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1))
     difference = decision["difference"]
     registry.tag(
