@@ -19,13 +19,18 @@ def group_advantages(rewards: Sequence[float], kind: AdvantageKind, *, epsilon: 
     (arXiv 2402.14740). A response without siblings is its own measure: mean 0, std 1.
 
     Args:
-        rewards: the sum of each response's reward parts.
+        rewards: the sum of each response's reward parts; finite.
         epsilon: keeps the division finite; in reward units.
 
     Returns:
         One float64 per response. Equal rewards give exactly 0; in float32 the usual formula makes -0.056 of eight
         rewards of 0.9, and in float64 it still makes noise of six rewards of 0.1.
+
+    Raises:
+        ValueError: a reward is NaN or infinite.
     """
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(f"a reward is not finite, which would spoil its whole group: {list(rewards)}")
     size = len(rewards)
     if size == 1:
         return [rewards[0] / (1 + epsilon) if kind == "grpo" else rewards[0]]

@@ -29,14 +29,16 @@ def importance_weights(
     Returns:
         [N], no gradient. Per token pi_old / pi_rollout, or with ``level: sequence`` the product over the sequence.
         ``truncate``: min(w, high). ``mask``: w inside [low, high], 0 outside (the denominators stay as they are).
-        ``off``: 1.
+        ``off``: 1. Where the quotient is not finite: 0, except with ``off``.
     """
     if config.kind == "off":
         return torch.ones_like(old_logprobs)
     log_weights = (old_logprobs - rollout_logprobs).detach()
     if config.level == "sequence":
         log_weights = sequence_sum(log_weights, sequence_ids, num_sequences)[sequence_ids]
-    weights = log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    # A token that one of the two calls impossible (or NaN) says nothing about the policy: weight 0.
+    finite = log_weights.isfinite()
+    weights = log_weights.where(finite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * finite
     if config.kind == "truncate":
         return weights.clamp(max=config.high)
     return torch.where((weights >= config.low) & (weights <= config.high), weights, 0.0)

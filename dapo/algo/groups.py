@@ -22,10 +22,12 @@ from dapo.algo.revisit import Revisits
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
 from dapo.records import group_from_plain, group_to_plain
-from dapo.types import RolloutGroup
+from dapo.types import Crashed, RolloutGroup, Scored, TimedOut, Truncated
 
 # The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.
 HALF_LIFE = 6.0
+
+_KINDS = {Scored: "scored", Truncated: "truncated", TimedOut: "timed_out", Crashed: "crashed"}
 
 
 class Verdict(enum.StrEnum):
@@ -86,12 +88,13 @@ class SamplingReport:
     generated: int
     verdicts: dict[Verdict, int]
     """Of the groups generated in this step; every verdict has its entry."""
-    responses: int
-    """Generated in this step."""
-    judged: int
-    """Of these, checked without a failure."""
-    right: int
-    """Of these, correct: right / judged is the policy's accuracy on the training prompts, before any filter."""
+    outcomes: dict[str, int]
+    """Responses generated in this step: scored, truncated, timed_out, crashed; every kind has its entry."""
+    accuracy: float
+    """Share of correct responses among those with a verdict: the policy on the training prompts, before any filter;
+    NaN where nothing was generated."""
+    reward: float
+    """Mean reward of the same responses."""
     skipped: int
     """Prompts passed over because their groups agreed the last times (`revisit` below 1 only)."""
     carried_in: int
@@ -106,6 +109,11 @@ class SamplingReport:
     """Kept groups in the buffer now."""
     keep_rate: float
     """Kept groups per prompt (asked or passed over); recent steps weigh most."""
+
+    @property
+    def responses(self) -> int:
+        """Generated in this step."""
+        return sum(self.outcomes.values())
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {verdict.value.replace('_', ' ')}" for verdict, count in self.verdicts.items())
@@ -130,6 +138,8 @@ class GroupBuffer:
         self._kept_weight = self._seen_weight = 0.0
         self._verdicts: Counter[Verdict] = Counter()
         self._count: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._correct, self._reward = 0, 0.0
         self._skipped = 0  # since the last round
         self._revisits = Revisits(1.0 if self._verl else config.revisit)
 
@@ -165,6 +175,8 @@ class GroupBuffer:
         self._waiting = deque(g for g in self._waiting if self._is_fresh(g, policy_version))
         self._count = Counter(expired=before - len(self), carried_in=len(self))
         self._verdicts.clear()
+        self._outcomes.clear()
+        self._correct, self._reward = 0, 0.0
 
     def fresh(self, policy_version: int) -> int:
         """Kept groups that a step of this policy version may train on."""
@@ -202,14 +214,11 @@ class GroupBuffer:
         verdicts = [self._verdict(group) for group in groups]
         self._waiting.extend(g for g, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT)
         self._verdicts.update(verdicts)
-        responses = [r for group in groups for r in group.rollouts]
-        self._count.update(
-            rounds=1,
-            generated=len(groups),
-            responses=len(responses),
-            judged=sum(not r.failed for r in responses),
-            right=sum(r.correct for r in responses),
-        )
+        self._count.update(rounds=1, generated=len(groups))
+        for group in groups:
+            self._outcomes.update(_KINDS[type(r.outcome)] for r in group.rollouts)
+            self._correct += group.num_correct
+            self._reward += math.fsum(reward for reward in group.rewards if reward is not None)
         self._remember(groups, verdicts)
         return verdicts
 
@@ -259,14 +268,16 @@ class GroupBuffer:
     def report(self) -> SamplingReport:
         """This step so far."""
         count = self._count
+        outcomes = {kind: self._outcomes[kind] for kind in _KINDS.values()}
+        verdicts = outcomes["scored"] + outcomes["truncated"]
         return SamplingReport(
             stage=self.stage,
             rounds=count["rounds"],
             generated=count["generated"],
             verdicts={verdict: self._verdicts[verdict] for verdict in Verdict},
-            responses=count["responses"],
-            judged=count["judged"],
-            right=count["right"],
+            outcomes=outcomes,
+            accuracy=self._correct / verdicts if verdicts else math.nan,
+            reward=self._reward / verdicts if verdicts else math.nan,
             skipped=count["skipped"],
             carried_in=count["carried_in"],
             expired=count["expired"],
@@ -283,6 +294,9 @@ class GroupBuffer:
             "keep_rate": [self._kept_weight, self._seen_weight],
             "verdicts": {verdict.value: count for verdict, count in self._verdicts.items()},
             "counts": dict(self._count),
+            "outcomes": dict(self._outcomes),
+            "correct": self._correct,
+            "reward": self._reward,
             "skipped": self._skipped,
             "agreed": self._revisits.state_dict(),
         }
@@ -291,6 +305,7 @@ class GroupBuffer:
         self._waiting = deque(group_from_plain(plain) for plain in state["waiting"])
         self._kept_weight, self._seen_weight = state["keep_rate"]
         self._verdicts = Counter({Verdict(name): count for name, count in state["verdicts"].items()})
-        self._count = Counter(state["counts"])
+        self._count, self._outcomes = Counter(state["counts"]), Counter(state["outcomes"])
+        self._correct, self._reward = state["correct"], state["reward"]
         self._skipped = state["skipped"]
         self._revisits.load_state_dict(state["agreed"])

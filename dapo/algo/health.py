@@ -36,9 +36,9 @@ class Health:
 
     def observe(self, step: int, metrics: Metrics) -> list[Alarm]:
         """The alarms whose condition begins with this step."""
-        if "reward/mean" in metrics and "groups/accuracy" in metrics:
-            # Accuracy over all that was generated: among the groups trained on, the filter holds it near a half.
-            self._rewards = [*self._rewards, metrics["reward/mean"]][-self.config.window :]
+        if "groups/reward" in metrics and "groups/accuracy" in metrics:
+            # Over all that was generated: among the groups trained on, the filter holds accuracy near a half.
+            self._rewards = [*self._rewards, metrics["groups/reward"]][-self.config.window :]
             self._accuracies = [*self._accuracies, metrics["groups/accuracy"]][-self.config.window :]
         alarms = []
         for name, check in self._checks().items():
@@ -101,9 +101,9 @@ class Health:
         if len(self._rewards) < self.config.window:
             return None
         rise, error = _change(self._rewards, half)
-        gained, _ = _change(self._accuracies, half)
+        gained, noise = _change(self._accuracies, half)
         # Twice its standard error: a rise by chance alone in about one window of 40.
-        if not (rise > 2 * error and gained <= 0):
+        if not (rise > 2 * error and gained <= noise):
             return None
         return (
             f"over {self.config.window} steps the reward rose by {rise:.3g} and accuracy changed by {gained:.3g}: the "

@@ -20,12 +20,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     """Estimate of KL(pi || pi_ref) per sampled token, nats, with gradient; elementwise, any shape.
 
     With d = log pi - log pi_ref: ``k1`` d; ``k2`` d^2 / 2; ``k3`` exp(-d) - 1 + d with d limited to +-20 and the
-    estimate to +-10; ``abs`` |d|. A trailing ``+`` keeps the value and takes the gradient of k2: in expectation that
-    of the KL on on-policy tokens, where k1 as a loss has none and k3 a biased one.
+    estimate to +-10; ``abs`` |d|. An infinite d counts as +-20; two tokens of probability 0 agree.
+    A trailing ``+`` keeps the value and takes the gradient of k2: in expectation that of the KL on on-policy tokens,
+    where k1 as a loss has none and k3 a biased one.
 
     Source: Schulman, "Approximating KL divergence" (2020); gradients: arXiv 2510.01555.
     """
-    d = logprobs - ref_logprobs
+    d = (logprobs - ref_logprobs).nan_to_num(nan=0.0, posinf=MAX_LOG_RATIO, neginf=-MAX_LOG_RATIO)
     if kind.endswith("+"):
         gradient = 0.5 * d.square()
         return kl_estimate(logprobs, ref_logprobs, _PLAIN[kind]).detach() + gradient - gradient.detach()

@@ -16,9 +16,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 class ClipConfig(Frozen):
     """Clip-Higher (DAPO section 3.1) and dual clip (arXiv 1912.09729)."""
 
-    low: Fraction = 0.2
+    low: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The ratio is clipped from below at 1 - low."""
-    high: Positive = 0.28
+    high: NonNegative = 0.28
     """The ratio is clipped from above at 1 + high; above `low` it leaves room for unlikely tokens to grow."""
     dual: Annotated[float, Field(gt=1)] | None = 10.0
     """Where the advantage is negative the loss is capped at dual * |advantage|; null turns it off."""
@@ -120,7 +120,8 @@ class SamplingFilterConfig(Frozen):
     """What a group is judged by: the boolean accuracy of its answers (the paper's), or, for graders without a boolean,
     whether its rewards differ at all."""
     compat: Literal["none", "verl"] = "none"
-    """`verl` reproduces the rival exactly: fixed rounds, surplus dropped, an error after `max_rounds`."""
+    """`verl` samples as verl does: fixed rounds, surplus dropped, an error after `max_rounds`. Its filter, too, with
+    `metric: reward`: what verl calls `acc` is the weighted reward. A failed check, there a 0, stays no verdict here."""
     max_rounds: Annotated[int, Field(ge=1)] = 4
     """Generation rounds a step may use before starvation handling begins."""
     max_staleness: Annotated[int, Field(ge=0)] = 1

@@ -66,10 +66,11 @@ def response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def _sampling_metrics(sampling: SamplingReport, trained_responses: int, responses: int) -> dict[str, float]:
     counts = {f"groups/{verdict.value}": count for verdict, count in sampling.verdicts.items()}
     # A step filled by carried-over groups alone has generated nothing to measure.
-    accuracy = {"groups/accuracy": sampling.right / sampling.judged} if sampling.judged else {}
+    means = {"groups/accuracy": sampling.accuracy, "groups/reward": sampling.reward}
     return {
         **counts,
-        **accuracy,
+        **{f"outcomes/{kind}": count for kind, count in sampling.outcomes.items()},
+        **{name: value for name, value in means.items() if not math.isnan(value)},
         "groups/generated": sampling.generated,
         "groups/skipped": sampling.skipped,
         "groups/trained": sampling.taken,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +52,8 @@ class RewardPool:
             RewardError: a worker died or hung while it imported the module.
         """
         self.function, self.deadline_s = function, deadline_s
-        self.counts: Counter[str] = Counter(scored=0, timed_out=0, crashed=0, replaced=0)
-        """Outcomes so far, and workers that had to be replaced."""
+        self.replaced = 0
+        """Workers that hung or died and were replaced."""
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -89,9 +89,6 @@ class RewardPool:
                 # Replies still under way would be taken for answers to the next call.
                 self._workers = [self._replace(w) if w.pending else w for w in self._workers]
                 raise
-        for outcome in outcomes:
-            name = {Scored: "scored", TimedOut: "timed_out", Crashed: "crashed"}[type(outcome)]
-            self.counts[name] += 1
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self) -> None:
@@ -137,7 +134,7 @@ class RewardPool:
                 self._selector.unregister(stream)
         _kill(worker.process)
         self._processes.discard(worker.process)
-        self.counts["replaced"] += 1
+        self.replaced += 1
         return self._start()
 
     def _turn(self, outcomes: list[Judged | None], queue: deque[tuple[int, str, str]]) -> None:

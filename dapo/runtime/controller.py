@@ -172,7 +172,11 @@ class Controller:
         metrics = step_metrics(groups, [u.metrics for u in updates], sampled, self.sampling.responses)
         seconds = dict(self.seconds) | {"step": time.perf_counter() - started}
         speed = speed_metrics(groups, seconds, self.config.devices)
-        state = {"train/kl_coef": self.kl.coef, "groups/unfinished": len(self.generation.open)}
+        state = {
+            "train/kl_coef": self.kl.coef,
+            "groups/unfinished": len(self.generation.open),
+            "outcomes/workers_replaced": self.generation.rewards.replaced,
+        }
         self.finish_step(metrics | sync | speed | state, seconds | between)
 
     def collect_groups(self) -> tuple[list[RolloutGroup], SamplingReport]:

@@ -34,6 +34,9 @@ class EngineDoor(Streams, Protocol):
 class RewardDoor(Protocol):
     """`dapo.rewards.pool.RewardPool`, or anything that judges (response, answer) pairs in order."""
 
+    replaced: int
+    """Its processes that hung or died and were replaced."""
+
     def score(self, items: Sequence[tuple[str, str]]) -> Sequence[Outcome]: ...
 
 

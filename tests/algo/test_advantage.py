@@ -1,5 +1,7 @@
 """Group advantages by hand."""
 
+import math
+
 import pytest
 
 from dapo.algo.advantage import group_advantages
@@ -23,3 +25,12 @@ def test_equal_rewards_that_float64_cannot_average_give_zero() -> None:
 
 def test_a_group_without_verdicts_is_empty() -> None:
     assert group_advantages([], "grpo") == []
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_reward_that_is_not_finite_is_refused(spoilt: float, place: int) -> None:
+    rewards = [1.0, 0.0]
+    rewards[place] = spoilt
+    with pytest.raises(ValueError, match="not finite"):
+        group_advantages(rewards, "grpo")

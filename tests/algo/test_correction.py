@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -72,3 +72,10 @@ def test_a_gap_of_nothing_or_of_no_tokens_is_zero() -> None:
 
 def test_a_gap_that_is_not_a_number_counts_as_the_largest() -> None:
     assert gap_quantile(torch.tensor([math.nan, math.inf, 0.1]), 0.99) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_token_that_one_side_calls_impossible_has_no_weight(kind: Literal["truncate", "mask"]) -> None:
+    old, rollout = torch.tensor([-1.0, math.nan, -math.inf, -1.0]), torch.tensor([-math.inf, -1.0, -1.0, -1.0])
+    result = importance_weights(old, rollout, torch.arange(4), 4, CorrectionConfig(kind=kind))
+    assert result.tolist() == [0.0, 0.0, 0.0, 1.0]

@@ -52,20 +52,27 @@ def test_starvation_rings_with_the_reasons() -> None:
 
 def test_reward_up_without_accuracy_rings() -> None:
     health = Health(AlarmConfig(window=6))
-    rang = [names(health, s, reward__mean=0.5 + 0.05 * s, groups__accuracy=0.4) for s in range(1, 7)]
+    rang = [names(health, s, groups__reward=0.5 + 0.05 * s, groups__accuracy=0.4) for s in range(1, 7)]
     assert rang == [[]] * 5 + [["reward_without_accuracy"]]
 
 
 def test_reward_up_with_accuracy_is_what_we_want() -> None:
     health = Health(AlarmConfig(window=6))
     for step in range(1, 30):
-        assert names(health, step, reward__mean=0.3 + 0.01 * step, groups__accuracy=0.3 + 0.01 * step) == []
+        assert names(health, step, groups__reward=0.3 + 0.01 * step, groups__accuracy=0.3 + 0.01 * step) == []
+
+
+def test_accuracy_that_trembles_does_not_silence_it() -> None:
+    health = Health(AlarmConfig(window=6))
+    accuracies = [0.40, 0.42, 0.39, 0.41, 0.40, 0.42]
+    rang = [names(health, s, groups__reward=0.5 + 0.05 * s, groups__accuracy=a) for s, a in enumerate(accuracies)]
+    assert rang[-1] == ["reward_without_accuracy"]
 
 
 def test_a_reward_that_only_trembles_rings_nothing() -> None:
     health = Health(AlarmConfig(window=6))
     for step in range(1, 30):
-        assert names(health, step, reward__mean=0.5 + 0.05 * (step % 2), groups__accuracy=0.4) == []
+        assert names(health, step, groups__reward=0.5 + 0.05 * (step % 2), groups__accuracy=0.4) == []
 
 
 def test_an_alarm_rings_once_until_its_condition_was_gone() -> None:
@@ -80,7 +87,7 @@ def test_metrics_that_are_absent_ring_nothing() -> None:
 
 
 def test_a_resumed_run_goes_on_with_what_it_had_seen() -> None:
-    series = [{"reward__mean": 0.1 * s, "groups__accuracy": 0.4, "train__entropy": 0.01} for s in range(1, 12)]
+    series = [{"groups__reward": 0.1 * s, "groups__accuracy": 0.4, "train__entropy": 0.01} for s in range(1, 12)]
     whole, first, second = (Health(AlarmConfig(window=6)) for _ in range(3))
     expected = [names(whole, step, **values) for step, values in enumerate(series)]
     actual = [names(first, step, **values) for step, values in enumerate(series[:4])]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dapo.algo.kl import KlController, kl_estimate, kl_per_token
-from dapo.config.algorithm import KlConfig
+from dapo.config.algorithm import KlConfig, KlKind
 
 
 def test_estimates_of_a_token_twice_as_likely() -> None:
@@ -45,3 +45,15 @@ def test_an_adaptive_coefficient_follows_its_target_by_at_most_a_fifth() -> None
 def test_an_unknown_estimator_is_named() -> None:
     with pytest.raises(ValueError, match="'k4' is unknown"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"])
+def test_a_token_that_one_side_calls_impossible_has_a_finite_estimate_and_gradient(kind: KlKind) -> None:
+    never = -math.inf
+    logprobs = torch.tensor([-1.0, never, never], requires_grad=True)
+    estimate = kl_estimate(logprobs, torch.tensor([never, -1.0, never]), kind)
+    estimate.sum().backward()
+    assert estimate.isfinite().all()
+    assert estimate[2] == 0
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()

@@ -40,6 +40,9 @@ def test_a_step_is_counted_by_hand() -> None:
     verdicts = {name: metrics[f"groups/{name}"] for name in ("kept", "all_right", "all_wrong", "failed", "truncated")}
     assert verdicts == {"kept": 2, "all_right": 1, "all_wrong": 1, "failed": 1, "truncated": 0}
     assert metrics["groups/accuracy"] == 4 / 8  # of all generated responses with a verdict
+    assert metrics["groups/reward"] == 4 / 8
+    outcomes = {name: metrics[f"outcomes/{name}"] for name in ("scored", "truncated", "timed_out", "crashed")}
+    assert outcomes == {"scored": 7, "truncated": 1, "timed_out": 0, "crashed": 3}
     assert metrics["groups/trained"] == 2
     assert metrics["groups/starved"] == 1.0
     assert metrics["groups/responses_per_trained"] == 11 / 5

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from dapo.algo.batch import subtract_kl
 from dapo.algo.kl import KlController, kl_estimate, kl_per_token
 from dapo.config.algorithm import KlConfig, KlKind
+from dapo.types import RolloutGroup
 from tests.parity.cases import Case, assert_matches
+from tests.records import prompt
 
 PLAIN: dict[str, KlKind] = {"k1": "k1", "k2": "k2", "k3": "k3", "abs": "abs"}
 PLAIN |= {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
@@ -40,13 +43,17 @@ def test_kl_in_reward_and_its_controller_agree(case: Case) -> None:
     controller = KlController(KlConfig(reward_coef=given["kl_coef"], kind=OUR_NAME[given["kl_penalty"]], **adaptive))
     mask = case.tensor("response_mask").bool()
     rewards = case.tensor("token_level_scores")
-    means = []
-    for row in range(len(mask)):
-        old, ref = (case.tensor(name)[row][mask[row]].tolist() for name in ("old_log_probs", "ref_log_prob"))
-        kl = kl_per_token(old, ref, controller.config.kind)
-        means.append(sum(kl) / max(len(kl), 1))
-        rewards[row][mask[row]] -= controller.coef * torch.tensor(kl, dtype=rewards.dtype)
-    measured = sum(means) / len(means)
+    old, ref = (
+        [row[valid].tolist() for row, valid in zip(case.tensor(name), mask, strict=True)]
+        for name in ("old_log_probs", "ref_log_prob")
+    )
+    # Ours is one group whose rewards are the rows' sums; the reference spreads the same over the tokens.
+    group = RolloutGroup(prompt("case"), (), rewards=tuple(rewards.double().sum(1).tolist()))
+    [penalised], measured = subtract_kl([group], [old], [ref], controller.coef, controller.config.kind)
+    for row, valid in enumerate(mask):
+        kl = kl_per_token(old[row], ref[row], controller.config.kind)
+        rewards[row][valid] -= controller.coef * torch.tensor(kl, dtype=rewards.dtype)
+    assert_matches(list(penalised.rewards), rewards.double().sum(1).tolist(), case.tolerance())
     metrics = {"actor/reward_kl_penalty": measured, "actor/reward_kl_penalty_coeff": controller.coef}
     controller.update(measured, len(mask))
     actual: dict[str, Any] = {"token_level_rewards": rewards, "metrics": metrics, "kl_coef_after": controller.coef}

@@ -125,6 +125,8 @@ class ScriptedEngine:
 class Judge:
     """Rewards door: compares text; `broken` lets every check fail."""
 
+    replaced = 0
+
     def __init__(self, broken: bool = False) -> None:
         self.broken = broken
 
