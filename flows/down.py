@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from dapo.config.run import RunConfig
-from dapo.errors import EnvironmentCheckError, TrainingError
+from dapo.errors import TrainingError
 from dapo.observe.journal import read
 from dapo.observe.layout import RunFolder
 from dapo.runtime import cluster
-from dapo.runtime.turn import live_trainings
+from dapo.runtime.turn import TRAINING
 from flows.server import answers
 from flows.up import Stack
 
@@ -86,8 +85,7 @@ def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
 
 def _end_ray(stack: Stack) -> None:
     config = RunConfig(run_root=str(stack.runs))
-    head = cluster.find_local(config)
-    if head is None:
+    if not cluster.local_pids(config):
         return
     trainings = _trainings(stack)
     if trainings:
@@ -97,17 +95,11 @@ def _end_ray(stack: Stack) -> None:
         stack.say("  again, `dapo down --stop-runs` stops it with a checkpoint")
         return
     users = cluster.end_unused(config)
-    stack.say(f"Ray: {'ended' if not users else f'process {users[0]} uses it, it stays'}")
+    stack.say(f"Ray: {f'{users} uses it, it stays' if users else 'ended'}")
 
 
 def _trainings(stack: Stack) -> list[RunFolder]:
-    head = cluster.find_local(RunConfig(run_root=str(stack.runs)))
-    if head is None:
-        return []
-    try:
-        return [RunFolder(Path(job["metadata"]["folder"])) for job in live_trainings(head)]
-    except OSError as away:
-        raise EnvironmentCheckError(f"{away}; try again, or `dapo status`") from None
+    return [job.run for job in cluster.local_jobs(RunConfig(run_root=str(stack.runs))) if job.kind == TRAINING]
 
 
 def _last_word(folder: RunFolder) -> str:

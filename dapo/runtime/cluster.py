@@ -6,9 +6,6 @@ the next flow finds it by the state file in `run_root`. It listens on loopback o
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import logging
 import os
 import secrets
@@ -18,18 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
-from dapo.files import write_whole
 from dapo.observe.layout import run_id
 from dapo.runtime import processes
 from dapo.runtime.dashboard import Dashboard, DashboardAway
 from dapo.runtime.environment import NO_PHONE_HOME
-from dapo.runtime.turn import live_trainings
+from dapo.runtime.head import LiveJob, LocalHead, answering, forget, jobs, locked, remember, remembered
 
 START_DEADLINE_S = 120.0
 _OBJECT_STORE_BYTES = 200_000_000  # weights do not pass through it on one machine; Ray's default takes 30 % of memory
@@ -37,18 +32,6 @@ _MARK = "DAPO_RAY_HEAD"
 _BUSY_S = 60.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalHead:
-    """A Ray head of ours, as remembered in its state file."""
-
-    address: str
-    mark: str
-    """Value of an environment variable that all its processes inherit."""
-    temp_dir: str
-    users: tuple[int, ...]
-    """Processes after the last of which it ends; empty: it stays until somebody stops it."""
 
 
 _user: int | None = None
@@ -70,7 +53,8 @@ def connect(config: RunConfig) -> Dashboard:
         config: `ray.address`, `ray.token_env`, `ray.preload`, `run_root`.
 
     Raises:
-        EnvironmentCheckError: nothing, or no Ray, answers at `ray.address`; the local head does not start.
+        EnvironmentCheckError: nothing, or no Ray, answers at `ray.address`; the local head does not start, or does not
+            answer while a job runs on it.
     """
     if config.ray.address:
         remote = Dashboard(config.ray.address.rstrip("/"), os.environ.get(config.ray.token_env))
@@ -83,13 +67,13 @@ def connect(config: RunConfig) -> Dashboard:
             ) from None
         return remote
     place = state_folder(config)
-    with _locked(place):
-        head = _remembered(place)
+    with locked(place):
+        head = remembered(place)
         if head is not None:
             running = _patiently(place, head)
             if running is not None:
                 if head.users and _user:
-                    _remember(place, replace(head, users=_living(head, _user)))
+                    remember(place, replace(head, users=_living(head, _user)))
                 return running
             _end(place, head)
         # A head that died is started again for the same users.
@@ -100,14 +84,21 @@ def connect(config: RunConfig) -> Dashboard:
 def find_local(config: RunConfig) -> Dashboard | None:
     """The local head of `run_root` where one runs."""
     place = state_folder(config)
-    head = _remembered(place)
-    return None if head is None else _answers(place, head)
+    head = remembered(place)
+    return None if head is None else answering(place, head)
 
 
 def local_pids(config: RunConfig) -> list[int]:
     """Processes of the local head of `run_root` and everything it runs."""
-    head = _remembered(state_folder(config))
+    head = remembered(state_folder(config))
     return [] if head is None else [process.pid for process in processes.family(head.mark)]
+
+
+def local_jobs(config: RunConfig) -> list[LiveJob]:
+    """What runs on the local head of `run_root`, whether it answers or not."""
+    place = state_folder(config)
+    head = remembered(place)
+    return [] if head is None else jobs(place, head)
 
 
 def leave(config: RunConfig) -> list[processes.Process]:
@@ -119,30 +110,32 @@ def leave(config: RunConfig) -> list[processes.Process]:
     place = state_folder(config)
     if not place.is_dir():
         return []
-    with _locked(place):
-        head = _remembered(place)
+    with locked(place):
+        head = remembered(place)
         if head is None or _user not in head.users:
             return []
         others = tuple(pid for pid in _living(head, None) if pid != _user)
-        if others or _training(place, head, besides=run_id(config)):
-            _remember(place, replace(head, users=others))
+        # Somebody else's job stays: one that a worker's flow began, for example.
+        if others or any(job.run.id != run_id(config) for job in jobs(place, head)):
+            remember(place, replace(head, users=others))
             return []
         return _end(place, head)
 
 
-def end_unused(config: RunConfig) -> list[int]:
-    """End the local head of `run_root` unless a living process or a training uses it; returns those processes."""
+def end_unused(config: RunConfig) -> str:
+    """End the local head of `run_root` unless a living process or a job uses it; says which, or nothing."""
     place = state_folder(config)
     if not place.is_dir():
-        return []
-    with _locked(place):
-        head = _remembered(place)
+        return ""
+    with locked(place):
+        head = remembered(place)
         if head is None:
-            return []
-        users = list(_living(head, None))
-        if not users and not _training(place, head):
+            return ""
+        users = [f"process {pid}" for pid in _living(head, None)]
+        users += [f"{job.kind} {job.run.id}" for job in jobs(place, head)]
+        if not users:
             _end(place, head)
-        return users
+        return ", ".join(users)
 
 
 def stop_local(config: RunConfig) -> list[processes.Process]:
@@ -150,8 +143,8 @@ def stop_local(config: RunConfig) -> list[processes.Process]:
     place = state_folder(config)
     if not place.is_dir():
         return []
-    with _locked(place):
-        head = _remembered(place)
+    with locked(place):
+        head = remembered(place)
         return [] if head is None else _end(place, head)
 
 
@@ -175,7 +168,7 @@ def _start(place: Path, config: RunConfig, users: tuple[int, ...]) -> Dashboard:
     temp_dir = tempfile.mkdtemp(prefix="dapo-ray-")
     port, client_port = free_port(), free_port()
     head = LocalHead(f"http://127.0.0.1:{port}", secrets.token_hex(8), temp_dir, users)
-    _remember(place, head)
+    remember(place, head)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"),
         *("--port=0", f"--ray-client-server-port={client_port}", "--dashboard-agent-listen-port=0"),
@@ -220,7 +213,7 @@ def _wait(started: subprocess.Popen[bytes], place: Path, head: LocalHead, log: P
         if started.poll() not in (None, 0):
             return None
         # The command returns when the head runs; its jobs interface may need a moment more.
-        if started.poll() == 0 and (dashboard := _answers(place, head)):
+        if started.poll() == 0 and (dashboard := answering(place, head)):
             return dashboard
         time.sleep(0.1)
     started.kill()
@@ -229,67 +222,40 @@ def _wait(started: subprocess.Popen[bytes], place: Path, head: LocalHead, log: P
 
 
 def _patiently(place: Path, head: LocalHead) -> Dashboard | None:
-    """A busy machine may take long to answer; only a head without processes is gone, and its job with it."""
+    """A busy machine may take long to answer; only a head without processes is gone, and its job with it.
+
+    Raises:
+        EnvironmentCheckError: it does not answer, and a job runs on it, which would end with it.
+    """
     end_at = time.monotonic() + _BUSY_S
     while True:
-        dashboard = _answers(place, head)
+        dashboard = answering(place, head)
         if dashboard is not None:
             return dashboard
-        if not processes.family(head.mark) or time.monotonic() > end_at:
+        if not processes.family(head.mark):
+            return None
+        if time.monotonic() > end_at:
+            if running := jobs(place, head):
+                raise EnvironmentCheckError(
+                    f"the local Ray at {head.address} has not answered for {_BUSY_S:.0f} s, but "
+                    f"{', '.join(f'{job.kind} {job.run.id}' for job in running)} runs on it: nothing was ended. Try "
+                    "again later, or stop it with a checkpoint: `dapo down --stop-runs`"
+                )
             return None
         log.warning("the local Ray at %s runs but does not answer yet", head.address)
         time.sleep(1.0)
 
 
-def _answers(place: Path, head: LocalHead) -> Dashboard | None:
-    dashboard = Dashboard(head.address, (place / "token").read_text(), local=True)
-    try:
-        dashboard.version()
-    except (DashboardAway, EnvironmentCheckError):  # gone, and perhaps another program has its port now
-        return None
-    return dashboard
-
-
 def _end(place: Path, head: LocalHead) -> list[processes.Process]:
     left = processes.end_family(head.mark, grace_s=2.0)
     shutil.rmtree(head.temp_dir, ignore_errors=True)
-    (place / "head.json").unlink(missing_ok=True)
+    forget(place)
     return left
-
-
-def _training(place: Path, head: LocalHead, besides: str = "") -> bool:
-    """Whether a training but this run's own is on it: one that a worker's flow began, for example."""
-    dashboard = _answers(place, head)
-    try:
-        return dashboard is not None and any(j["metadata"]["run"] != besides for j in live_trainings(dashboard))
-    except DashboardAway:
-        return False
 
 
 def _living(head: LocalHead, besides: int | None) -> tuple[int, ...]:
     users = {*head.users, *([besides] if besides else [])}
     return tuple(sorted(pid for pid in users if processes.look(pid)))
-
-
-def _remembered(place: Path) -> LocalHead | None:
-    try:
-        told = json.loads((place / "head.json").read_text())
-        return LocalHead(told["address"], told["mark"], told["temp_dir"], tuple(told["users"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _remember(place: Path, head: LocalHead) -> None:
-    write_whole(place / "head.json", json.dumps(asdict(head)))
-
-
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """One starter or stopper at a time, over processes and threads."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _clean(env: os._Environ[str]) -> dict[str, str]:

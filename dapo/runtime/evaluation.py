@@ -80,8 +80,9 @@ def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progr
     from dapo.runtime.cluster import connect
     from dapo.runtime.dashboard import TERMINAL, DashboardAway, UnknownJob
     from dapo.runtime.training import TrainingJob
+    from dapo.runtime.turn import EVALUATION
 
-    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB), kind="evaluation")
+    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB), kind=EVALUATION)
     job.start()
 
     def ended() -> bool:

@@ -70,6 +70,14 @@ def carries(pid: int, mark: str) -> bool:
     return False
 
 
+def command(pid: int) -> list[str]:
+    """The arguments a process was started with, the program first; empty where it is gone or we may not look."""
+    try:
+        return os.fsdecode((_PROC / str(pid) / "cmdline").read_bytes()).rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
 def end(processes: list[Process], grace_s: float = 5.0) -> list[Process]:
     """SIGTERM, wait, SIGKILL; returns those that live on all the same."""
     _signal(processes, signal.SIGTERM)

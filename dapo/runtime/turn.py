@@ -20,7 +20,8 @@ from dapo.observe.layout import RunFolder
 from dapo.runtime.dashboard import TERMINAL, Dashboard
 
 TRAINING = "training"
-"""Value of a job's metadata `kind`."""
+EVALUATION = "evaluation"
+"""Values of a job's metadata `kind`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +59,16 @@ class Ahead:
         )
 
 
-def live_trainings(cluster: Dashboard) -> list[dict[str, Any]]:
-    """Submitted training jobs that are pending or running."""
-    return [
-        job
-        for job in cluster.jobs()
-        if job["status"] not in TERMINAL and (job.get("metadata") or {}).get("kind") == TRAINING
-    ]
+def live_jobs(cluster: Dashboard) -> list[dict[str, Any]]:
+    """Jobs of ours that are pending or running."""
+    return [job for job in cluster.jobs() if job["status"] not in TERMINAL and (job.get("metadata") or {}).get("kind")]
 
 
 def ahead(cluster: Dashboard, run: RunFolder) -> Ahead | None:
     """The training that `run` has to wait for; None where the cluster is free, or has this run itself."""
-    others = [job for job in live_trainings(cluster) if job["metadata"]["run"] != run.id]
+    others = [
+        job for job in live_jobs(cluster) if job["metadata"]["kind"] == TRAINING and job["metadata"]["run"] != run.id
+    ]
     if not others:
         return None
     first = min(others, key=lambda job: (job["start_time"], job["submission_id"]))
