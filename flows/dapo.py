@@ -30,7 +30,7 @@ from tasks.fetch_weights import fetch_weights
 from tasks.find_cluster import find_cluster
 from tasks.prepare_dataset import prepare_dataset
 from tasks.report import report
-from tasks.train import stop_running_job, stopped, train
+from tasks.train import as_begun, stop_running_job, stopped, train
 from tasks.validate_environment import validate_environment
 from tasks.watch import cancelled, interrupted_when_cancelled
 
@@ -56,7 +56,7 @@ def dapo(config_path: str = DEFAULT_PATH, overrides: Overrides = None, config: R
         overrides: dotted keys on top of the file, for example {"train.steps": 5}.
         config: a whole configuration instead of the file; the overrides apply to it too.
     """
-    run = resolve(config_path, overrides, config)
+    run = as_begun(resolve(config_path, overrides, config))
     begin()
     to_train = already_finished(run) is None
     try:

@@ -46,6 +46,7 @@ _LOST_S = 30.0
 """A server that answers has written down what it was sent so long ago, or has lost it."""
 _END_S = 120.0
 _PAGE = 200
+_TOLD = "prefect.json"
 
 
 @dataclass
@@ -84,13 +85,13 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         self.folder, self.config = folder, config
-        self._place = folder.root / "prefect.json"
-        told = json.loads(self._place.read_text()) if self._place.exists() else {}
+        self._place = folder.root / _TOLD
+        told = _told(folder)
         self.offset: int = told.get("offset", 0)
         self._alarms_told: int = told.get("alarms_told", self.offset)
         self._pending: list[_Pending] = []
         self._looked_at = 0.0
-        before: list[str] = told.get("flow_runs", [])
+        before = known(folder)
         self._known = _completed(before) if before and self._behind() else set()
         self._flow_runs = [*before, *([flow_run.id] if flow_run.id not in (None, *before) else [])]
         self._remember()
@@ -186,6 +187,16 @@ class Recorder:
         confirmed = min((one.begin for one in self._pending), default=self.offset)
         told = {"offset": confirmed, "alarms_told": self._alarms_told, "flow_runs": self._flow_runs}
         write_whole(self._place, json.dumps(told))
+
+
+def known(folder: RunFolder) -> list[str]:
+    """Ids of the flow runs that followed this run, the first one first."""
+    return list(_told(folder).get("flow_runs", []))
+
+
+def _told(folder: RunFolder) -> dict[str, Any]:
+    place = folder.root / _TOLD
+    return json.loads(place.read_text()) if place.exists() else {}
 
 
 def _completed(flow_runs: list[str]) -> set[str]:

@@ -26,7 +26,7 @@ from dapo.observe.journal import follow, read
 from dapo.observe.layout import RunFolder
 from dapo.runtime.turn import Ahead
 from tasks.progress import Stage, best_effort, tell
-from tasks.told import Recorder
+from tasks.told import Recorder, known
 from tasks.turn import GaveUp, Turn
 from tasks.watch import CancelWatcher, LogStream, followed, only_follower
 
@@ -127,6 +127,13 @@ def stop_running_job(config: RunConfig) -> None:
         job.kill()
 
 
+def as_begun(config: RunConfig) -> RunConfig:
+    """For a flow run's later attempt: it goes on with the run that it began, from the beginning or not."""
+    if config.train.resume == "never" and flow_run.id in known(RunFolder.of(config)):
+        return io.override(config, {"train.resume": "auto"})
+    return config
+
+
 def put_aside(folder: RunFolder) -> None:
     """Move an earlier run of the same configuration out of the way, for one from the beginning."""
     if not folder.journal.exists():
@@ -196,12 +203,13 @@ def _take_all(
     asked_to_stop: Callable[[], bool],
     waiting: Callable[[Ahead], None] = lambda ahead: None,
 ) -> str:
+    """`finished`, or `stopped`: so is also a job that failed when it was asked to stop, and is not started again."""
     status = "stopped"
     for event, offset in job.follow(records.offset, idle, asked_to_stop, waiting):
         records.take(event, offset)
         if event.kind == "ended":
             status = str(event.data["status"])
-    return status
+    return "finished" if status == "finished" else "stopped"
 
 
 class _Stop:

@@ -6,8 +6,6 @@ The journal in the run folder is the only thing read from the job; Ray is asked 
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from dapo.observe.layout import RunFolder
 from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
 from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.submission import submit
 from dapo.runtime.turn import TRAINING, Ahead, ahead, looking
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ TURN_EVERY_S = 2.0
 BACK_OFF_S = (5.0, 30.0, 120.0)
 # What is written into the code or the configuration is there again after a restart.
 _LASTING = {"ConfigError", "DataError", "WeightsError", "EnvironmentCheckError", "RewardError", "StarvationError"}
-_NOT_UPLOADED = [".git", ".venv*", "runs", "cache", "**/__pycache__", "*.egg-info", "mlruns", "mlartifacts", "*.db"]
 
 
 class TrainingJob:
@@ -108,13 +106,10 @@ class TrainingJob:
         self.id = f"dapo-{self.run.id}-{1 + max([started, *known])}"
         self._fence = self.run.journal.stat().st_size if self.run.journal.exists() else 0
         self.run.stop_request.unlink(missing_ok=True)
-        env = NO_PHONE_HOME | dict(self.config.ray.env)
+        metadata = {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind}
+        arguments = [*self.entrypoint, str(self.run.root)]
         try:
-            if self.cluster.local:
-                command = f"cd {shlex.quote(str(Path.cwd()))} && exec {self._command(sys.executable)}"
-                self.cluster.submit(self.id, command, env, self._metadata())
-            else:
-                self._submit_with_code(env)
+            submit(self.cluster, self.id, arguments, NO_PHONE_HOME | dict(self.config.ray.env), metadata)
         except AlreadySubmitted:
             return False  # another follower of this run was faster; the id is the same
         return True
@@ -133,7 +128,7 @@ class TrainingJob:
         Args:
             offset: where reading begins; earlier attempts' events are given too.
             idle: called between looks at the journal, at least every `POLL_S` seconds.
-            asked_to_stop: then a job that is gone is not started again.
+            asked_to_stop: then a job that failed or is gone is not started again.
             waiting: as in `start`, where another training took the cluster before a restart.
 
         Raises:
@@ -145,11 +140,14 @@ class TrainingJob:
                 offset, last_word = behind, time.monotonic()
                 yield event, behind
                 if event.kind == "ended" and behind > self._fence:
-                    if event.data["status"] != "failed":
+                    idle()  # whoever asked is heard before the job is started again
+                    if event.data["status"] != "failed" or asked_to_stop():
                         return
                     if not self._worth_another_try(event.data, restarts):
                         raise TrainingError(f"training failed: {event.data['reason']}. Log: {self.run.job_log}")
-                    restarts = self._again(restarts, event.data["reason"], idle, waiting)
+                    if not self._again(restarts, event.data["reason"], idle, asked_to_stop, waiting):
+                        return
+                    restarts += 1
             idle()
             if time.monotonic() - asked_at > STATUS_EVERY_S:
                 gone = self._gone()
@@ -163,7 +161,9 @@ class TrainingJob:
                             f"(ray.restarts={self.config.ray.restarts}). Log: {self.run.job_log}; `dapo run` again "
                             "continues from the last checkpoint"
                         )
-                    restarts = self._again(restarts, gone, idle, waiting)
+                    if not self._again(restarts, gone, idle, asked_to_stop, waiting):
+                        return
+                    restarts += 1
             if time.monotonic() - last_word > SILENCE_S:
                 last_word = time.monotonic()
                 log.warning("no news from %s for %.0f s; its log: %s", self.id, SILENCE_S, self.run.job_log)
@@ -203,23 +203,27 @@ class TrainingJob:
             log.warning("job %s still waits in the cluster: %s", self.id, job.get("message", ""))
         return f"{job['status']}: {job.get('message', '')}" if job["status"] in TERMINAL else None
 
-    def _again(self, restarts: int, reason: str, idle: Callable[[], None], waiting: Callable[[Ahead], None]) -> int:
-        """Wait a little, then start the next attempt."""
+    def _again(
+        self,
+        restarts: int,
+        reason: str,
+        idle: Callable[[], None],
+        asked_to_stop: Callable[[], bool],
+        waiting: Callable[[Ahead], None],
+    ) -> bool:
+        """Wait a little, then start the next attempt; False where it was asked to stop meanwhile."""
         pause = self.back_off_s[min(restarts, len(self.back_off_s) - 1)]
         log.warning("training job %s: %s; it is started again in %.0f s", self.id, reason, pause)
         self.keep_output()
-        end_at = time.monotonic() + pause
-        while time.monotonic() < end_at:
-            idle()
-            time.sleep(min(POLL_S, pause))
-        while True:
+        while not _asked_within(pause, idle, asked_to_stop):
             try:
                 self.cluster = connect(self.config)
                 self.start(waiting)
-                return restarts + 1
+                return True
             except DashboardAway as away:
-                log.warning("%s; asked again in %.0f s", away, self.back_off_s[-1])
-                time.sleep(self.back_off_s[-1])
+                pause = self.back_off_s[-1]
+                log.warning("%s; asked again in %.0f s", away, pause)
+        return False
 
     def _worth_another_try(self, ended: Mapping[str, Any], restarts: int) -> bool:
         return restarts < self.config.ray.restarts and ended.get("error", "ConfigError") not in _LASTING
@@ -227,30 +231,6 @@ class TrainingJob:
     def _jobs(self) -> list[dict[str, Any]]:
         prefix = f"dapo-{self.run.id}-"
         return [j for j in self.cluster.jobs() if j["submission_id"].startswith(prefix)]
-
-    def _metadata(self) -> dict[str, str]:
-        return {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind}
-
-    def _command(self, python: str) -> str:
-        return shlex.join([python, *self.entrypoint, str(self.run.root)])
-
-    def _submit_with_code(self, env: dict[str, str]) -> None:
-        """A remote cluster gets our working directory with the job."""
-        from ray.job_submission import JobSubmissionClient
-
-        headers = {"Authorization": f"Bearer {self.cluster.token}"} if self.cluster.token else None
-        client = JobSubmissionClient(self.cluster.address, headers=headers)
-        working_dir = {"working_dir": str(Path.cwd()), "excludes": _NOT_UPLOADED}
-        try:
-            client.submit_job(
-                submission_id=self.id,
-                entrypoint=self._command("python"),
-                runtime_env={"env_vars": env, **working_dir},
-                metadata=self._metadata(),
-            )
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise TrainingError(f"Ray at {self.cluster.address} did not take the job: {error}") from error
 
 
 def ended(run: RunFolder) -> Event | None:
@@ -272,6 +252,17 @@ def already_finished(config: RunConfig) -> int | None:
 
 def _last_start(journal: Path) -> int:
     return max((behind for event, behind in follow(journal) if event.kind == "started"), default=0)
+
+
+def _asked_within(pause_s: float, idle: Callable[[], None], asked_to_stop: Callable[[], bool]) -> bool:
+    end_at = time.monotonic() + pause_s
+    while True:
+        idle()
+        if asked_to_stop():
+            return True
+        if time.monotonic() >= end_at:
+            return False
+        time.sleep(min(POLL_S, pause_s))
 
 
 def _more(journal: Path, offset: int) -> bool:

@@ -198,7 +198,7 @@ def test_cancelled_twice_it_stops_twice_with_a_checkpoint(servers, endless):
     for attempt in (1, 2):
         followed_by = endless.flow_process()
         servers.command("prefect", "flow-run", "cancel", endless.id)
-        servers.wait_until(lambda n=attempt: len(endless.events("ended")) == n, f"cancellation {attempt} stops it", 60)
+        servers.wait_until(lambda n=attempt: len(endless.events("ended")) == n, f"cancellation {attempt} stops it", 30)
         end = endless.events("ended")[-1]
         assert end.data["status"] == "stopped"
         assert endless.folder.checkpoint(end.step).is_dir()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dapo.config import io
 from dapo.errors import ConfigError, WeightsError
 from dapo.eval import models
 from dapo.eval.gate import GateConfig, decide
@@ -178,6 +179,8 @@ def test_the_next_run_starts_from_the_champion_under_its_own_name_and_seed(world
     assert (again.name, again.seed) == (f"{config.name}-retrain-0000002a", 42)
     assert again.model.optimizer == config.model.optimizer
     assert training_config(config, None, "0000002a").model == config.model
+    anew = io.override(config, {"train.resume": "never"})
+    assert training_config(anew, first, "0000002a") == again, "a retried flow run goes on with its training"
 
 
 def test_the_gate_asks_on_the_split_that_training_does_not_look_at(world):

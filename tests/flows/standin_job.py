@@ -3,7 +3,8 @@
 `python standin_job.py RUN_FOLDER`; behaviour by environment variables (they come through `ray.env`):
     STANDIN_SECONDS    per step
     STANDIN_DIE_AT     SIGKILL itself at this step, in the first attempt
-    STANDIN_FAIL_AT    end as failed at this step, for a lasting reason
+    STANDIN_FAIL_AT    end as failed at this step
+    STANDIN_ERROR      with this error; RewardError, which lasts, where nothing is said
     STANDIN_STARVE_AT  stop by itself before this step, with a checkpoint
 """
 
@@ -55,7 +56,8 @@ def main() -> int:
         if attempt == 1 and step == int(os.environ.get("STANDIN_DIE_AT", "-1")):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == int(os.environ.get("STANDIN_FAIL_AT", "-1")):
-            journal.append("ended", step, status="failed", reason="the reward function is broken", error="RewardError")
+            error = os.environ.get("STANDIN_ERROR", "RewardError")
+            journal.append("ended", step, status="failed", reason="the reward function is broken", error=error)
             return 1
         metrics = {
             "reward/mean": 0.1 * step,

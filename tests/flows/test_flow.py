@@ -107,6 +107,30 @@ def test_run_from_the_beginning_puts_the_earlier_one_aside(root):
     assert io.load(folder.config).train.resume == "auto"
 
 
+@pytest.mark.slow
+def test_run_from_the_beginning_goes_on_in_later_attempts_of_its_flow_run(root):
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.states import Pending
+
+    from flows.dapo import dapo
+
+    tree = standin_tree(root, "anew-again", STANDIN_DIE_AT="3")
+    tree["train"]["resume"], tree["ray"]["restarts"] = "never", 0
+    config = io.validate(tree)
+    states = []
+    with get_client(sync_client=True) as client:
+        one = client.create_flow_run(dapo, parameters={"config": config.model_dump(mode="json")}).id
+        for _ in range(3):
+            client.set_flow_run_state(one, Pending(), force=True)
+            states.append(run_flow(dapo, client.read_flow_run(one), {"config": config}, return_type="state"))
+    assert [state.name for state in states] == ["Failed", "Completed", "Completed"]
+    folder = RunFolder.of(config)
+    started = [(e.data["attempt"], e.data["resumed_from"]) for e in read(folder.journal) if e.kind == "started"]
+    assert started == [(1, 0), (2, 2)], "the crashed run goes on, and the finished one is not trained again"
+    assert not list(folder.root.parent.glob(f"{folder.id}.before-*"))
+
+
 def test_failing_job_fails_the_flow_with_one_sentence(root):
     state = run(io.validate(standin_tree(root, "broken", STANDIN_FAIL_AT="2")))
     assert state.is_failed()

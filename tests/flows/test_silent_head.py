@@ -44,7 +44,7 @@ def test_nobody_ends_a_silent_ray_on_which_a_training_runs(ray, shared, silent, 
     place = cluster.state_folder(config)
     silent(place)
     other = io.validate(standin_tree(shared, "another"))
-    with pytest.raises(EnvironmentCheckError, match=rf"has not answered .* training {run.id} runs on it: nothing was e"):
+    with pytest.raises(EnvironmentCheckError, match=f"not answered .* training {run.id} runs on it: nothing was"):
         cluster.connect(other)
     assert [(found.kind, found.run) for found in cluster.local_jobs(other)] == [("training", run)]
     assert cluster.end_unused(other) == f"training {run.id}"

@@ -98,6 +98,24 @@ def test_lasting_failure_is_not_started_again(ray, root):
     assert job.id.endswith("-1")
 
 
+@pytest.mark.parametrize("patience", [0, 3])
+def test_job_that_was_asked_to_stop_is_not_started_again_when_it_fails(ray, root, patience):
+    """Asked before it failed, or in the pause before its next attempt."""
+    run, config = make_run(root, f"unwanted{patience}", STANDIN_FAIL_AT="1", STANDIN_ERROR="EngineError")
+    job = job_of(ray, run, config)
+    job.back_off_s = (600.0,)
+    job.start()
+    looks = []
+
+    def idle():
+        if ended(run):
+            looks.append(time.monotonic())
+
+    events = list(job.follow(idle=idle, asked_to_stop=lambda: len(looks) > patience))
+    assert events[-1][0].data["status"] == "failed"
+    assert job.id.endswith("-1")
+
+
 def test_second_follower_takes_over_the_running_job_and_stops_it(ray, root):
     run, config = make_run(root, "taken_over", STANDIN_SECONDS="0.5")
     job_of(ray, run, config).start()
