@@ -46,3 +46,13 @@ class TrainingError(DapoError):
 
 class RunStopped(DapoError):
     """The run was asked to stop (request file, signal); not a failure."""
+
+
+def named(name: str, message: str, otherwise: type[DapoError] = DapoError) -> DapoError:
+    """An error that came out of another process as the name of its class and its message.
+
+    Args:
+        otherwise: what it is where `name` is none of these.
+    """
+    kinds: list[type[DapoError]] = [DapoError, *DapoError.__subclasses__()]
+    return next((kind for kind in kinds if kind.__name__ == name), otherwise)(message)

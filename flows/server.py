@@ -7,8 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -20,6 +18,7 @@ from typing import Any
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime.cluster import free_port
 from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.leash import LeashedProcess
 
 START_DEADLINE_S = 120.0
 # What `prefect` itself gives its temporary servers, and a memory of what it registered, so that it starts faster again.
@@ -85,46 +84,25 @@ class TemporaryServer:
                 "PREFECT_LOGGING_TO_API_ENABLED": "false",
             }
         )
-        with self.log.open("w") as output:
-            app = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error")
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "dapo.runtime.leash",
-                    "uvicorn",
-                    *app,
-                    "--host",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env={**environment, **_EPHEMERAL},
-                start_new_session=True,  # a Ctrl-C of the terminal is answered by us
-            )
+        self.log.unlink(missing_ok=True)
+        app = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error")
+        place = ("--host", "127.0.0.1", "--port", str(port))
+        env = {**environment, **_EPHEMERAL}
+        self._process = LeashedProcess("dapo.runtime.leash", "uvicorn", *app, *place, env=env, log=self.log)
 
     def wait(self) -> None:
         """Return once it answers."""
         end_at = time.monotonic() + START_DEADLINE_S
         while not answers(self.api):
             if self._process.poll() is not None or time.monotonic() > end_at:
-                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
                 raise EnvironmentCheckError(
                     f"the temporary Prefect server did not start within {START_DEADLINE_S:.0f} s; see {self.log}. "
-                    f"Its last words:\n{tail}"
+                    f"Its last words:\n{self._process.last_words()}"
                 )
             time.sleep(0.1)
 
     def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.stop()
         self._lock.close()
         if self._own_home:
             shutil.rmtree(self._own_home, ignore_errors=True)

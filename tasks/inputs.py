@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from dapo.config.model import ModelSource
 from dapo.data.storage import Progress
 from dapo.errors import DapoError
 from dapo.runtime.environment import NO_PHONE_HOME
-from dapo.runtime.leash import end_with_parent
+from dapo.runtime.leash import LeashedProcess, end_with_parent
 
 Kind = Literal["data", "weights"]
 
@@ -39,18 +37,9 @@ class Making:
         self.kind = kind
         self._answer: dict[str, Any] = {}
         self._latest: tuple[int, int, str] | None = None
-        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as the child)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "tasks.inputs", kind, str(cache)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=dict(os.environ) | NO_PHONE_HOME,
-            start_new_session=True,  # a Ctrl-C of the terminal is answered by the parent
-        )
+        self._child = LeashedProcess("tasks.inputs", kind, str(cache), env=os.environ | NO_PHONE_HOME, piped=True)
         assert self._child.stdin is not None
-        self._child.stdin.write(settings + "\n")
+        self._child.stdin.write(settings.encode() + b"\n")
         self._child.stdin.flush()
         self._reader = threading.Thread(target=self._read, daemon=True, name=f"reads-{kind}")
         self._reader.start()
@@ -67,21 +56,13 @@ class Making:
         if "path" in self._answer:
             return Path(self._answer["path"])
         if "error" in self._answer:
-            kind = getattr(errors, self._answer["error"], DapoError)
-            raise kind(self._answer["message"])
-        self._errors.seek(0)
-        told = self._errors.read().strip()
-        raise RuntimeError(f"making {self.kind} ended with code {code} and no result. Its last words:\n{told[-2000:]}")
+            raise errors.named(self._answer["error"], self._answer["message"])
+        told = self._child.last_words()
+        raise RuntimeError(f"making {self.kind} ended with code {code} and no result. Its last words:\n{told}")
 
     def abort(self) -> None:
         """End the child; what it had begun is removed by its next start."""
-        if self._child.poll() is None:
-            self._child.terminate()
-            try:
-                self._child.wait(3)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
+        self._child.stop()
 
     def _read(self) -> None:
         assert self._child.stdout is not None

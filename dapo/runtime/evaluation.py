@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +15,7 @@ from dapo.errors import EngineError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.layout import RunFolder
 from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.leash import LeashedProcess
 
 POLL_S = 0.5
 JOB = "dapo.runtime.evaluation_job"
@@ -49,7 +47,7 @@ def evaluate(folder: EvaluationFolder, progress: Progress) -> dict[str, Any]:
         return folder.read_metrics()
     if folder.error.exists():
         told = json.loads(folder.error.read_text())
-        raise getattr(errors, told["error"], EngineError)(told["message"])
+        raise errors.named(told["error"], told["message"], EngineError)
     raise EngineError(f"evaluation {folder.id} ended without a result; see {folder.log}")
 
 
@@ -60,20 +58,11 @@ def on_ray(config: RunConfig) -> bool:
 
 def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
     env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **NO_PHONE_HOME, **config.ray.env}
-    command = [sys.executable, "-m", "dapo.runtime.leash", JOB, str(folder.root)]
-    with folder.log.open("a") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True
-        )
+    child = LeashedProcess("dapo.runtime.leash", JOB, str(folder.root), env=env, log=folder.log)
     try:
         _watch(folder, config, progress, lambda: folder.done or child.poll() is not None)
     finally:
-        child.terminate()
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        child.stop()
 
 
 def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:

@@ -8,8 +8,49 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+_GRACE_S = 5.0
+_LAST_WORDS = 2000
+
+
+class LeashedProcess(subprocess.Popen[bytes]):
+    """A Python module in a process and a session of its own: a Ctrl-C of the terminal is answered by us.
+
+    Args:
+        command: what follows `python -m`: `dapo.runtime.leash` and a module, or a module that calls `end_with_parent`.
+        log: gets its errors, and its output unless that is `piped`; None: a file without a name.
+    """
+
+    def __init__(self, *command: str, env: Mapping[str, str], log: Path | None = None, piped: bool = False) -> None:
+        self._log = log.open("ab+") if log else tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
+        super().__init__(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if piped else self._log,
+            stderr=self._log,
+            env=env,
+            start_new_session=True,
+        )
+
+    def stop(self) -> None:
+        """Ask it to end; after 5 s kill it, with whatever it started in its session. Safe to repeat."""
+        self.terminate()
+        try:
+            self.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        begin = max(0, os.fstat(self._log.fileno()).st_size - _LAST_WORDS)
+        return os.pread(self._log.fileno(), _LAST_WORDS, begin).decode(errors="replace").strip()
 
 
 def end_with_parent() -> None:
