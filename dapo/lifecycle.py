@@ -82,9 +82,11 @@ def add_commands(commands: Any) -> None:
     rollback = commands.add_parser(
         "rollback",
         help="give the champion's place back to the one before",
-        description="`champion` and `previous-champion` change places; said twice, nothing has changed.",
+        description="The previous champion is the champion again, in one write; who, when and why is kept with the "
+        "version that was taken back. A second one in a row is refused: `dapo promote` brings a version back.",
     )
     rollback.add_argument("name", help="registered model")
+    rollback.add_argument("--reason", default="", help="kept with the version that is taken back")
     _add_store(rollback)
     rollback.set_defaults(command=_rollback)
 
@@ -105,11 +107,14 @@ def _store(arguments: argparse.Namespace) -> str:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dapo.config import io
     from dapo.eval.models import find_model
+    from dapo.observe.registry import one_sentence
+    from dapo.observe.shipper import tracking_uri
     from tasks import inputs
     from tasks.measure import measure
 
     config = io.load(arguments.config, arguments.overrides)
-    model = find_model(arguments.model, config)
+    with one_sentence(tracking_uri(config)):
+        model = find_model(arguments.model, config)
     try:
         found = measure(config, model, Path(arguments.data) if arguments.data else None, _Progress().of)
     finally:
@@ -130,6 +135,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _retrain(arguments: argparse.Namespace) -> int:
     from dapo.config import io
+    from dapo.observe.registry import one_sentence
+    from dapo.observe.shipper import tracking_uri
     from flows.local import retrain_here
 
     config = io.load(arguments.config, arguments.overrides)
@@ -137,7 +144,8 @@ def _retrain(arguments: argparse.Namespace) -> int:
         raise ConfigError("retrain needs a registered model: add mlflow.registered_model=NAME, for example dapo-geo3k")
     parameters = {"config_path": arguments.config, "config": config}
     parameters |= {"because": arguments.because, "gate_overrides": arguments.gate}
-    print(retrain_here(config, parameters))
+    with one_sentence(tracking_uri(config)):
+        print(retrain_here(config, parameters))
     return 0
 
 
@@ -158,19 +166,21 @@ class _Progress:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from dapo.eval.comparison_page import compare_runs
+    from dapo.observe.registry import one_sentence
 
-    told, page = compare_runs(arguments.runs, _store(arguments), arguments.run_root, arguments.out)
+    with one_sentence(uri := _store(arguments)):
+        told, page = compare_runs(arguments.runs, uri, arguments.run_root, arguments.out)
     print(told)
     print(f"\n{page}")
     return 0
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from dapo.observe.registry import Registry
+    from dapo.observe.registry import Registry, one_sentence
 
     registry = Registry(_store(arguments), arguments.name)
-    aliases = registry.aliases()
-    versions = registry.versions()
+    with one_sentence(registry.uri):
+        aliases, versions = registry.aliases(), registry.versions()
     if not versions:
         raise ConfigError(f"no model {arguments.name} is registered in {registry.uri}")
     for version in versions:
@@ -181,6 +191,9 @@ def _models(arguments: argparse.Namespace) -> int:
             f"{version.version:>4}  {named:<28}  {tags.get('dapo.run_id', '')} step {tags.get('checkpoint.step', '')}"
         )
         print(f"      {tags['checkpoint.uri']}" + (f"\n      {verdict}: {tags['gate.reasons']}" if verdict else ""))
+        if "rollback.at" in tags:
+            at, by, to, why = (tags.get(f"rollback.{key}", "") for key in ("at", "by", "to", "reason"))
+            print(f"      taken back at {at} by {by}, for version {to}" + (f"; {why}" if why else ""))
     return 0
 
 
@@ -189,31 +202,37 @@ def _register(arguments: argparse.Namespace) -> int:
     from dapo.eval.models import checkpoint_of
     from dapo.eval.register import register
     from dapo.observe.layout import RunFolder
+    from dapo.observe.registry import one_sentence
+    from dapo.observe.shipper import tracking_uri
 
     place = arguments.checkpoint.resolve()
     checkpoint = checkpoint_of(place) if (place / "journal.jsonl").is_file() else place
     if not (checkpoint / "manifest.json").is_file():
         raise ConfigError(f"{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-... or a run's folder")
     config = io.load(RunFolder(checkpoint.parent.parent).config)
-    version = register(checkpoint, config, arguments.name)
+    with one_sentence(tracking_uri(config)):
+        version = register(checkpoint, config, arguments.name)
     print(f"{version.reference}: {version.tags['checkpoint.uri']}")
     return 0
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from dapo.observe.registry import CHAMPION, Registry
+    from dapo.observe.registry import CHAMPION, Registry, one_sentence
 
     registry = Registry(_store(arguments), arguments.name)
-    version, now = registry.require(arguments.version), registry.get(CHAMPION)
-    registry.promote(version, over=now)
-    registry.tag(version, {"promoted.by_hand": arguments.reason})
+    with one_sentence(registry.uri):
+        version, now = registry.require(arguments.version), registry.get(CHAMPION)
+        registry.promote(version, over=now)
+        registry.tag(version, {"promoted.by_hand": arguments.reason})
     print(f"{arguments.name}: champion is version {version.version}" + (f", was {now.version}" if now else ""))
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from dapo.observe.registry import Registry
+    from dapo.observe.registry import Registry, one_sentence
 
-    was, now = Registry(_store(arguments), arguments.name).rollback()
+    registry = Registry(_store(arguments), arguments.name)
+    with one_sentence(registry.uri):
+        was, now = registry.rollback(arguments.reason)
     print(f"{arguments.name}: champion is version {now.version} again, was {was.version}; {now.tags['checkpoint.uri']}")
     return 0

@@ -1,18 +1,24 @@
 """Models by reference: MLflow's registry knows where a checkpoint lies and what it is, never its gigabytes.
 
 Aliases: `challenger` is the latest candidate, `champion` the model in use, `previous-champion` the one before it.
-Moving an alias is one write to MLflow: whoever asks gets the old champion or the new one, never none.
+Moving an alias is one write to MLflow: whoever asks gets the old champion or the new one, never none. After a rollback
+`champion` and `previous-champion` are the same version: there is nothing left to go back to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import getpass
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from dapo.errors import ConfigError, WeightsError
+from dapo.errors import ConfigError, EnvironmentCheckError, WeightsError
 from dapo.observe.shipper import connect
 
 if TYPE_CHECKING:
@@ -178,21 +184,35 @@ class Registry:
             self.client.set_registered_model_alias(self.name, PREVIOUS, str(now.version))
         self.client.set_registered_model_alias(self.name, CHAMPION, str(version.version))
 
-    def rollback(self) -> tuple[ModelVersion, ModelVersion]:
-        """Previous champion and champion change places: once back, a second time forward again.
+    def rollback(self, reason: str = "") -> tuple[ModelVersion, ModelVersion]:
+        """The previous champion is the champion again; the other version keeps tags of it, `rollback.at by reason to`.
 
         Returns:
             The champion until now, and the champion from now on.
 
         Raises:
-            ConfigError: there is no previous champion.
+            ConfigError: there is no previous champion, or it is the champion again already.
         """
         now, before = self.require(CHAMPION), self.get(PREVIOUS)
         if before is None or before.version == now.version:
-            raise ConfigError(f"{self.name}: version {now.version} is the champion and no other was before it")
+            raise ConfigError(self._nothing_before(now))
+        told = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "by": _operator(), "reason": reason}
+        # First the record, for the alias is the one write that counts: killed before it, the same command is repeated.
+        self.tag(now, {f"rollback.{key}": value for key, value in (told | {"to": str(before.version)}).items()})
         self.client.set_registered_model_alias(self.name, CHAMPION, str(before.version))
-        self.client.set_registered_model_alias(self.name, PREVIOUS, str(now.version))
         return now, before
+
+    def _nothing_before(self, now: ModelVersion) -> str:
+        """Why there is no way back; after a rollback the way forward is one that has to be asked for."""
+        taken_back = [v for v in self.versions() if v.tags.get("rollback.to") == str(now.version)]
+        if not taken_back:
+            return f"{self.name}: version {now.version} is the champion and no other was before it"
+        last = max(taken_back, key=lambda v: v.tags["rollback.at"])
+        return (
+            f"{self.name}: version {now.version} is the champion again since {last.tags['rollback.at']}, when "
+            f"{last.tags['rollback.by']} took version {last.version} back; a second rollback would bring version "
+            f"{last.version} back as champion. If that is meant: dapo promote {self.name} {last.version} --reason WHY"
+        )
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
@@ -202,6 +222,36 @@ class Registry:
         # SQLite leaves `model_id` empty where the source names the model.
         model_id = version.model_id or str(version.source).removeprefix("models:/")
         return ModelVersion(self.name, int(version.version), dict(version.tags), version.run_id or "", model_id)
+
+
+@contextlib.contextmanager
+def one_sentence(uri: str) -> Iterator[None]:
+    """What MLflow refuses, and its absence, becomes an EnvironmentCheckError of one sentence.
+
+    Args:
+        uri: of the store that is asked.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if isinstance(
+            error.__context__, OSError
+        ):  # requests' errors are; MLflow's sentence has its address three times
+            raise EnvironmentCheckError(
+                f"no MLflow server answers at {uri}; start it, or name another (--tracking-uri, MLFLOW_TRACKING_URI)"
+            ) from error
+        raise EnvironmentCheckError(f"MLflow at {uri} says: {str(error).splitlines()[0]}") from error
+
+
+def _operator() -> str:
+    """Whoever runs this command, and where."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # containers know no name for their user
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def logged_model(

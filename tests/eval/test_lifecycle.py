@@ -7,6 +7,7 @@ import pytest
 from dapo.cli import main
 from dapo.observe.registry import CHAMPION, Registry
 from dapo.observe.shipper import Shipper, tracking_uri
+from dapo.runtime.cluster import free_port
 from tests.eval.remembered import make_run, save_checkpoint
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
@@ -44,9 +45,13 @@ def test_register_promote_list_and_roll_back(world, dapo):
     assert "2  challenger" not in out
     assert "   2  champion " in out
     assert "   1  previous-champion " in out
-    code, out, _ = dapo("rollback", "figures", *store)
+    code, out, _ = dapo("rollback", "figures", "--reason", "too long", *store)
     assert code == 0
     assert "champion is version 1 again, was 2" in out
+    assert "; too long" in dapo("models", "figures", *store)[1]
+    code, _, err = dapo("rollback", "figures", *store)
+    assert code == 2
+    assert "dapo promote figures 2 --reason WHY" in err
     registry = Registry(tracking_uri(config), "figures")
     assert registry.require(CHAMPION).version == 1
     assert registry.require(2).tags["promoted.by_hand"] == "newer"
@@ -79,6 +84,29 @@ def test_what_is_not_there_is_one_sentence(world, dapo, words, sentence):
     assert code == 2
     assert sentence in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rollback", "figures"),
+        ("models", "figures"),
+        ("promote", "figures", "1", "--reason", "x"),
+        ("compare", "a", "b"),
+    ],
+)
+def test_an_mlflow_that_is_away_is_one_sentence(dapo, words):
+    address = f"http://127.0.0.1:{free_port()}"
+    code, _, err = dapo(*words, "--tracking-uri", address)
+    assert code == 2
+    assert f"no MLflow server answers at {address}" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_what_mlflow_refuses_is_one_sentence(world, dapo):
+    code, _, err = dapo("promote", "fig/ures", "1", "--reason", "x", "--run-root", world[1].run_root)
+    assert code == 2
+    assert len(err.splitlines()) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_and_a_missing_store_are_named(dapo, tmp_path):

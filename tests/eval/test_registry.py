@@ -1,6 +1,7 @@
 """Registration by reference, aliases and decisions in a real MLflow database."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -136,9 +137,36 @@ def test_promotion_moves_aliases_and_rollback_takes_one_call(world):
         registry.promote(second, over=None)
     registry.promote(second, over=first)
     assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert [v.version for v in registry.rollback("it answers in French")] == [2, 1]
+    assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 1, PREVIOUS: 1}
+    tags = registry.require(2).tags
+    assert (tags["rollback.to"], tags["rollback.reason"]) == ("1", "it answers in French")
+    assert tags["rollback.by"].endswith(f"@{socket.gethostname()}")
+    assert tags["rollback.at"].startswith("20")
+
+
+def test_a_second_rollback_does_not_bring_the_bad_model_back(world):
+    """What a nervous operator types. Follows on the test above: version 2 was taken back."""
+    registry = Registry(tracking_uri(world[1]), NAME)
+    with pytest.raises(ConfigError, match=rf"would bring version 2 back .* dapo promote {NAME} 2 --reason WHY"):
+        registry.rollback()
+    assert registry.aliases()[CHAMPION] == 1
+
+
+def test_a_rollback_killed_in_between_is_done_again(world, monkeypatch):
+    registry = Registry(tracking_uri(world[1]), NAME)
+    registry.promote(registry.require(2), over=registry.require(1))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.client, "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            registry.rollback()
+    assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
     assert [v.version for v in registry.rollback()] == [2, 1]
-    assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 1, PREVIOUS: 2}
-    assert [v.version for v in registry.rollback()] == [1, 2]
+    assert registry.aliases()[CHAMPION] == 1
 
 
 def test_a_decision_is_kept_either_way(world):
