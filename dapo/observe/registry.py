@@ -236,9 +236,7 @@ def one_sentence(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        if isinstance(
-            error.__context__, OSError
-        ):  # requests' errors are; MLflow's sentence has its address three times
+        if isinstance(error.__context__, OSError):  # as requests' errors are; MLflow's own words are three lines long
             raise EnvironmentCheckError(
                 f"no MLflow server answers at {uri}; start it, or name another (--tracking-uri, MLFLOW_TRACKING_URI)"
             ) from error
