@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -19,10 +17,10 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from dapo.config.run import RunConfig
-from dapo.errors import DapoError
 from dapo.runtime.training import already_finished
+from flows import names
 from flows.cancellation import stop_job
-from flows.parameters import DEFAULT_PATH, Overrides, configured, resolve
+from flows.parameters import DEFAULT_PATH, Overrides, resolve
 from flows.recovery import begin, come_back, wait_for_server
 from tasks import inputs
 from tasks.cached import CachedStage
@@ -36,15 +34,7 @@ from tasks.watch import cancelled, interrupted_when_cancelled
 
 
 def run_name() -> str:
-    """Name of a flow run: model, run, data and time."""
-    now = f"{datetime.now():%Y-%m-%d-%H%M%S}"
-    try:
-        config = configured(flow_run.parameters)
-    except DapoError:
-        return f"not-valid-{now}"
-    source = config.model.source
-    model = source.repo if source.kind == "hub" else source.path if source.kind == "folder" else source.kind
-    return f"{Path(model).name}-{config.name}-{config.data.source.kind}-{now}"
+    return names.of_training(flow_run.parameters)
 
 
 @flow(name="dapo", flow_run_name=run_name, persist_result=False, on_cancellation=[stop_job], on_crashed=[come_back])

@@ -6,13 +6,13 @@ prefect deployment run evaluate/geo3k -p model=OWNER/NAME         by a Prefect w
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from dapo.config.run import RunConfig
+from flows import names
 from flows.parameters import DEFAULT_PATH, Overrides, resolve
 from flows.recovery import begin, come_back
 from tasks import inputs
@@ -22,8 +22,7 @@ from tasks.prepare_dataset import prepare_dataset
 
 
 def run_name() -> str:
-    """Model and time."""
-    return f"{Path(flow_run.parameters['model']).name}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    return names.of_evaluation(flow_run.parameters)
 
 
 @flow(name="evaluate", flow_run_name=run_name, persist_result=False, on_crashed=[come_back])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -33,6 +32,7 @@ from dapo.files import write_whole
 from dapo.observe.layout import RunFolder
 from dapo.observe.registry import CHAMPION, ChampionChanged, ModelVersion, Registry
 from dapo.observe.shipper import tracking_uri
+from flows import names
 from flows.cancellation import retraining_file, stop_training
 from flows.dapo import dapo
 from flows.parameters import DEFAULT_PATH, Overrides, resolve
@@ -57,10 +57,7 @@ class Approval(RunInput):
 
 
 def run_name() -> str:
-    """Configuration, reason and time."""
-    given = flow_run.parameters
-    name = RunConfig.model_validate(given["config"]).name if given.get("config") else Path(given["config_path"]).stem
-    return f"{name}-{given['because'] or 'if-changed'}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    return names.of_training(flow_run.parameters, flow_run.parameters.get("because") or "if-changed")
 
 
 @flow(
