@@ -49,7 +49,7 @@ class ObjectiveResult:
 
     loss: Tensor
     """Scalar with gradient. The update's loss is the plain sum of these over all packs of all ranks: call backward on
-    each and add gradients up (no division by ranks or packs; where FSDP averages over d ranks, multiply by d)."""
+    each and add gradients up, without a division by ranks or packs."""
     sums: dict[str, Tensor]
     """Without gradient, the same keys, order and shapes for every pack: for `merge_sums`. 0-d, but `gap_histogram`."""
 

@@ -74,7 +74,7 @@ class RewardConfig(Frozen):
     """A check that takes longer is killed and counted as TimedOut, never as a zero."""
     workers: Count = 1
     max_failed_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Above this share of failed checks in a step the run stops: the reward function is broken."""
+    """Above this share of failed checks in a generation round the run stops: the reward function is broken."""
 
 
 class ValidationConfig(Frozen):

@@ -40,7 +40,8 @@ class RolloutConfig(Frozen):
     eager: bool = True
     """No graph capture."""
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A generation round that takes longer means a hung engine: it is restarted."""
+    """A generation round that takes longer means a hung engine. One beside the trainer (`devices`) is restarted; with a
+    colocated one the job is."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Engine restarts a step may use before the run fails."""
     router_replay: bool = False

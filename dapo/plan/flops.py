@@ -1,4 +1,4 @@
-"""Floating-point operations of a training pass, counted from a model's sizes: for balancing packs and for MFU."""
+"""Floating-point operations of a training pass, counted from a model's sizes: for balancing packs."""
 
 from __future__ import annotations
 
