@@ -28,6 +28,9 @@ class RolloutConfig(Frozen):
     finish_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Partial rollouts: a round ends when this share of its groups is complete, and what is unfinished goes on in the
     next round, with the weights of then. 1.0: every round is generated to its end."""
+    separate_process: bool = False
+    """vLLM in a process of its own beside the one that uses it and hands it weights through shared memory (CUDA: IPC):
+    it can die, and be started again, without the trainer. Not with `tensor_parallel` above 1."""
     tensor_parallel: Count = 1
     expert_parallel: bool = False
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -41,7 +44,7 @@ class RolloutConfig(Frozen):
     """No graph capture."""
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
     """A generation round that takes longer means a hung engine. One beside the trainer (`devices`) is restarted; with a
-    colocated one the job is."""
+    colocated one the job is. With `separate_process` an engine silent for a third of it is killed and restarted."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Engine restarts a step may use before the run fails."""
     router_replay: bool = False
@@ -51,3 +54,8 @@ class RolloutConfig(Frozen):
     """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Mean |difference| in nats that stops the run; null: 1e-3, or 0.05 where trainer or engine compute in bfloat16."""
+
+    @property
+    def restartable(self) -> bool:
+        """An engine that fails to take weights can be started again while its trainer lives on."""
+        return self.devices > 0 or self.separate_process

@@ -166,6 +166,17 @@ class RunConfig(Frozen):
                 "rollout.ahead=true generates while the training devices train: give the engines devices of their own "
                 "(rollout.devices=N)"
             )
+        if r.separate_process and r.engine == "transformers":
+            raise ValueError(
+                "rollout.separate_process=true is a way to run vLLM, and rollout.engine=transformers is not: set it to "
+                "false, or rollout.engine=vllm"
+            )
+        if r.separate_process and r.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.separate_process=true with rollout.tensor_parallel={r.tensor_parallel}: a worker sees one "
+                "device, and an engine in a process of its own has no other; use rollout.separate_process=false, or "
+                "rollout.tensor_parallel=1"
+            )
         staleness = r.ahead + (r.finish_share < 1)
         if self.algorithm.sampling.max_staleness < staleness:
             raise ValueError(

@@ -22,7 +22,7 @@ def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, de
         device: torch device of this worker, or its name.
 
     Raises:
-        ConfigError: vLLM is asked for and not installed.
+        ConfigError: vLLM is asked for and not installed, or something only vLLM has and it is not chosen.
     """
     import torch
 
@@ -33,6 +33,11 @@ def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, de
         from dapo.rollout.vllm_engine import VllmEngine
 
         return VllmEngine.from_config(config, weights, processor, where)
+    if rollout.separate_process:
+        raise ConfigError(
+            f"rollout.separate_process=true is a way to run vLLM; rollout.engine={rollout.engine} on {where.type} "
+            "means transformers here: set rollout.engine=vllm, or rollout.separate_process=false"
+        )
     from dapo.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -140,7 +141,7 @@ class VllmEngine:
         if separate_process:
             started = child_processes() - mine
             self._core = CoreWatch(self.llm.llm_engine.engine_core, sorted(started, key=str), answer_s)
-        self._rpc("dapo_start", self.platform)
+        self._rpc("dapo_start", self.platform, os.getpid())
 
     @classmethod
     def from_config(
@@ -161,6 +162,8 @@ class VllmEngine:
             expert_parallel=rollout.expert_parallel,
             chunked_prefill=rollout.chunked_prefill,
             eager=rollout.eager,
+            separate_process=rollout.separate_process,
+            answer_s=rollout.deadline_s / 3,  # in time to be started again before the round's deadline ends the job
             tell_experts=rollout.router_replay,
         )
 

@@ -6,8 +6,15 @@ is called by name through `collective_rpc`.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import re
+import signal
+import time
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -91,8 +98,14 @@ class WorkerExtension:
     vllm_config: Any
     device: Any
 
-    def dapo_start(self, platform: str) -> None:
-        """Once, after the model is loaded: the platform's repairs."""
+    def dapo_start(self, platform: str, owner: int) -> None:
+        """Once, after the model is loaded: the platform's repairs; processes of the engine's own end with their owner.
+
+        Args:
+            owner: number of the process that has the engine.
+        """
+        if owner != os.getpid():
+            Thread(target=_end_with, args=(owner,), name="dapo-owner-watch", daemon=True).start()
         if platform == "npu":
             from dapo.rollout import ascend
 
@@ -179,3 +192,22 @@ class WorkerExtension:
 
     def _dapo_on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
+
+
+def _end_with(owner: int) -> None:
+    """vLLM's core (0.23 to 0.32) outlives an owner that was killed, and keeps the device's memory."""
+    while _alive(owner):
+        time.sleep(1.0)
+    core = multiprocessing.parent_process()
+    if core is not None and core.pid is not None and core.pid != owner:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(core.pid, signal.SIGKILL)
+    os._exit(1)
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

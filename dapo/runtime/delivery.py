@@ -54,7 +54,7 @@ class WeightDelivery:
         try:
             metrics = self.policy.sync(version)
         except EngineError as error:
-            if not self.config.rollout.devices:
+            if not self.config.rollout.restartable:
                 raise
             self.restart(step, error)
             metrics = self.policy.sync(version)

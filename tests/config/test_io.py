@@ -121,6 +121,11 @@ def test_the_form_has_a_description_for_every_field():
         (["rollout.devices=1", "rollout.ahead=true", "rollout.finish_share=0.9"], "are 2 policy versions"),
         (["rollout.finish_share=0.9", "algorithm.sampling.compat=verl"], "neither rollout.ahead nor"),
         (["rollout.finish_share=0.9", "rollout.router_replay=true"], "use one of the two"),
+        (
+            ["rollout.separate_process=true", "rollout.tensor_parallel=2", "model.parallel.world_size=2"],
+            "sees one device",
+        ),
+        (["rollout.separate_process=true", "rollout.engine=transformers"], "or rollout.engine=vllm"),
     ],
 )
 def test_ways_of_generating_that_exclude_each_other_are_told(tmp_path, overrides, says):

@@ -7,6 +7,7 @@ import signal
 import time
 
 import mlflow
+import psutil
 import pytest
 import torch
 
@@ -128,6 +129,23 @@ def test_the_same_run_works_with_vllm(tmp_path):
     for event in pipeline.events("step"):
         assert event.data["metrics"]["engine/gap_mean"] < 1e-4
     assert json.loads(pipeline.folder.mlflow.read_text())["run_id"]
+
+
+@pytest.mark.slow
+def test_an_engine_in_a_process_of_its_own_that_is_killed_is_replaced_while_its_trainer_lives_on(tmp_path):
+    own = ("rollout.engine=vllm", "rollout.separate_process=true", "rollout.kv_cache_mib=64", "rollout.probe_every=1")
+    pipeline = Pipeline(tmp_path, (*own, "train.steps=4", "train.test_freq=0", "train.save_freq=0")).start()
+    pipeline.wait_for(lambda: pipeline.events("step"), timeout_s=400)
+    workers = [int(pid) for pid in re.findall(r"worker {.*'pid': (\d+)", pipeline.folder.job_log.read_text())]
+    children = [child for pid in workers for child in psutil.Process(pid).children()]
+    core, *_ = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    core.kill()
+    pipeline.finish()
+    assert len(pipeline.events("started")) == 1, "the job itself went on"
+    assert [e.data["name"] for e in pipeline.events("alarm")].count("engine_restarted") == 1
+    assert [e.step for e in pipeline.events("step")] == [1, 2, 3, 4]
+    for event in pipeline.events("step"):
+        assert event.data["metrics"]["engine/probe_mean"] < 1e-4
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from dapo.rollout.checks import (
     probe_gap,
 )
 from dapo.rollout.choice import choose_engine, make_engine
+from dapo.rollout.vllm_engine import VllmEngine
 from dapo.types import Completion, FinishReason
 
 
@@ -118,3 +119,22 @@ def test_make_engine_takes_dtype_and_limits_from_the_configuration(folder_of, pr
     weights = {str(t.dtype) for t in engine._weights.values()}  # type: ignore[attr-defined]
     assert weights == {"torch.bfloat16"}  # the model's compute dtype
     assert (engine.max_num_seqs, engine.kv_cache_bytes) == (32, 8 * 2**20)  # type: ignore[attr-defined]
+
+
+def test_make_engine_hands_vllm_the_process_and_the_deadline_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, folder_of, processor_of
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(VllmEngine, "__init__", lambda self, *args, **more: asked.update(more))
+    for separate in (False, True):
+        rollout = {"engine": "vllm", "separate_process": separate, "deadline_s": 90.0}
+        make_engine(RunConfig.model_validate({"rollout": rollout}), folder_of("text"), processor_of("text"), "cpu")
+        assert asked["separate_process"] is separate
+        assert asked["answer_s"] == 30.0
+
+
+def test_a_process_of_its_own_is_refused_where_auto_means_transformers(folder_of, processor_of) -> None:
+    config = RunConfig.model_validate({"rollout": {"separate_process": True}})
+    with pytest.raises(ConfigError, match=r"rollout\.engine=auto on cpu means transformers here"):
+        make_engine(config, folder_of("text"), processor_of("text"), "cpu")

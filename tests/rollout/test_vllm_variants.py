@@ -6,6 +6,8 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +180,17 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
     new.close()
     remove_stale_shared_memory()  # as the next start does
     assert not [path for path in shared if path.exists()]
+
+
+def test_an_engine_process_ends_with_the_process_it_serves(folder_of: Folders) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.rollout.owner", str(folder_of("text"))], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    core = psutil.Process(int(owner.stdout.readline()))
+    owner.kill()
+    core.wait(timeout=20)
+    owner.wait()
 
 
 @pytest.mark.nightly  # test_twenty_updates.py does the same with the real trainer
