@@ -47,19 +47,20 @@ def resolve(wanted: str = "auto") -> Kind:
     return "npu" if wanted == "npu" else "cuda" if wanted == "cuda" else "cpu"
 
 
-def torch_device(kind: Kind, local_rank: int = 0) -> torch.device:
-    """Make the device this process's current one and return it; for an NPU this imports torch_npu."""
+def torch_device(kind: Kind) -> torch.device:
+    """Make the first device this process sees its current one and return it; for an NPU this imports torch_npu. Ray
+    shows each worker one."""
     import torch
 
     if kind == "npu":
         import torch_npu
 
-        torch_npu.npu.set_device(local_rank)
+        torch_npu.npu.set_device(0)
     elif kind == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(0)
     else:
         return torch.device("cpu")
-    return torch.device(kind, local_rank)
+    return torch.device(kind, 0)
 
 
 def process_group(device: torch.device, store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -28,6 +28,11 @@ def add_commands(commands: Any) -> None:
     down.add_argument(
         "--stop-runs", action="store_true", help="trainings on this folder's Ray save a checkpoint and stop first"
     )
+    down.add_argument(
+        "--end-ray",
+        action="store_true",
+        help="end this folder's Ray with everything that runs on it, without a checkpoint",
+    )
     down.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="for them (default: 300)")
     down.set_defaults(command=_down)
 
@@ -61,7 +66,8 @@ def _down(arguments: argparse.Namespace) -> int:
     from flows.down import down
     from flows.up import Stack, project_folder
 
-    down(Stack(project_folder(_say), _say), stop_runs=arguments.stop_runs, wait_s=arguments.wait)
+    stack = Stack(project_folder(_say), _say)
+    down(stack, stop_runs=arguments.stop_runs, end_ray=arguments.end_ray, wait_s=arguments.wait)
     return 0
 
 

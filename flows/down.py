@@ -17,12 +17,13 @@ _TOLD_EVERY_S = 10.0
 _WORKER_GRACE_S = 30.0
 
 
-def down(stack: Stack, *, stop_runs: bool, wait_s: float) -> None:
+def down(stack: Stack, *, stop_runs: bool, end_ray: bool, wait_s: float) -> None:
     """End workers, MLflow and server that have a record here, and the local Ray where nothing uses it.
 
     Args:
         stack: of the project's folder.
         stop_runs: trainings of this folder's local Ray save a checkpoint and end first.
+        end_ray: the local Ray ends whoever uses it.
         wait_s: for them.
 
     Raises:
@@ -45,7 +46,7 @@ def down(stack: Stack, *, stop_runs: bool, wait_s: float) -> None:
                 stack.say(f"  flow run {name}: its process ended with the worker; it comes back with the next one")
         for service in (stack.mlflow, stack.server):
             stack.say(f"{service.title}: {'ended' if service.stop() else 'not started here'}")
-        _end_ray(stack)
+        _end_ray(stack, end_ray)
 
 
 def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
@@ -83,9 +84,13 @@ def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
         time.sleep(0.5)
 
 
-def _end_ray(stack: Stack) -> None:
+def _end_ray(stack: Stack, whoever_uses_it: bool) -> None:
     config = RunConfig(run_root=str(stack.runs))
     if not cluster.local_pids(config):
+        return
+    if whoever_uses_it:  # not asked how it is: it may no longer answer
+        left = cluster.stop_local(config)
+        stack.say(f"Ray: {'ended' if not left else f'process {left[0].pid} of another user cannot be ended'}")
         return
     trainings = _trainings(stack)
     if trainings:

@@ -13,7 +13,6 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime.cluster import free_port
@@ -53,16 +52,16 @@ def answers(api: str | None) -> bool:
 
 
 class TemporaryServer:
-    """A server of our own on a free loopback port, with its database in `home`; begins to start at once.
+    """A server of our own on a free loopback port, with its database in `home`; begins to start at once. The
+    environment is changed so that a Prefect imported later uses it.
 
     Args:
         home: becomes PREFECT_HOME; where another run uses it now, a folder for this run only is used instead.
-        environment: is changed so that a Prefect imported later uses this server.
     """
 
     why = "temporary server (none is configured)"
 
-    def __init__(self, home: Path, environment: Any = os.environ) -> None:
+    def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self._lock = (home / "lock").open("w")
         self._own_home: str | None = None
@@ -74,7 +73,7 @@ class TemporaryServer:
             home = Path(self._own_home)
         port = free_port()
         self.api, self.log = f"http://127.0.0.1:{port}/api", home / "server.log"
-        environment.update(
+        os.environ.update(
             {
                 **NO_PHONE_HOME,
                 "PREFECT_HOME": str(home),
@@ -87,7 +86,7 @@ class TemporaryServer:
         self.log.unlink(missing_ok=True)
         app = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error")
         place = ("--host", "127.0.0.1", "--port", str(port))
-        env = {**environment, **_EPHEMERAL}
+        env = {**os.environ, **_EPHEMERAL}
         self._process = LeashedProcess("dapo.runtime.leash", "uvicorn", *app, *place, env=env, log=self.log)
 
     def wait(self) -> None:

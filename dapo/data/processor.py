@@ -7,7 +7,6 @@ Lengths come from image headers and the model's resize rule, pixels from the ima
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -78,10 +77,6 @@ class PromptProcessor:
         )
         collapsed = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [self._expand(ids, images) for ids, (_, images) in zip(collapsed, items, strict=True)]
-
-    def count(self, question: str, images: Sequence[bytes] = (), instruction: str = "") -> int:
-        """Tokens of the encoded prompt, image placeholders included."""
-        return len(self.encode(question, images, instruction).token_ids)
 
     def collapse(self, token_ids: Iterable[int]) -> list[int]:
         """Ids with one placeholder per image: what an engine that expands by itself must be given."""
@@ -187,21 +182,6 @@ class PromptProcessor:
         padding = set(range(self.vocab_size)).difference(known.values())
         banned = {token for token in vision if token is not None and token < self.vocab_size} | padding
         return tuple(sorted(banned.difference(self.stop_token_ids)))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits of everything that decides ids and pixels; equal for a folder and its exported copy."""
-        image = self._image_processor
-        names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-        limits = [image.size["shortest_edge"], image.size["longest_edge"], int(image.resample)] if image else []
-        parts = {
-            "tokenizer": json.loads(self._tokenizer.backend_tokenizer.to_str()),
-            "template": self._template,
-            "image": [[getattr(image, name) for name in names], limits] if image else None,
-            "stop": self.stop_token_ids,
-            "banned": self.banned_token_ids,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     # helpers
 

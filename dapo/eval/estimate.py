@@ -14,6 +14,7 @@ Reducer = Callable[[list[int]], float]
 
 # Two-sided 95 % of the normal distribution.
 _Z95 = 1.959963984540054
+_SEED = 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,16 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def bootstrap(
-    size: int, subset: int, reducers: Sequence[Reducer], *, resamples: int = 1000, seed: int = 42
-) -> list[tuple[float, float]]:
-    """Mean and standard deviation of each reducer over resamples of `subset` of `size` items, with replacement.
+def bootstrap_mean(size: int, subset: int, reduce: Reducer, *, resamples: int) -> float:
+    """Mean of `reduce` over resamples of `subset` of `size` items, with replacement.
 
-    Every call with one seed draws the same indices (NumPy's MT19937), so that prompts and variables are comparable.
+    The same indices at every call, so that prompts and runs are comparable.
     """
-    rows = resample_rows(size, subset, resamples, seed)
-    reduced = np.array([[reducer(row) for reducer in reducers] for row in rows])
-    return [(float(mean), float(std)) for mean, std in zip(reduced.mean(axis=0), reduced.std(axis=0), strict=True)]
+    return math.fsum(map(reduce, resample_rows(size, subset, resamples, _SEED))) / resamples
 
 
 def resample_rows(size: int, subset: int, resamples: int, seed: int) -> list[list[int]]:
+    """[resamples][subset] indices below `size`, by NumPy's MT19937 as the reference draws them."""
     rows: list[list[int]] = np.random.RandomState(seed).randint(0, size, (resamples, subset)).tolist()
     return rows
 

@@ -12,7 +12,7 @@ from dapo.errors import DataError
 from dapo.eval.estimate import (
     Interval,
     accuracy_interval,
-    bootstrap,
+    bootstrap_mean,
     majority,
     over_prompts,
     pass_at_k,
@@ -183,6 +183,7 @@ def _of_prompt(result: PromptResult, *, resampled: bool) -> dict[str, float]:
         if k == len(result.samples):
             found[f"maj@{k}"] = float(verdicts[majority(votes, range(n))])
         elif resampled and k <= n:
-            elect = [lambda row: float(verdicts[majority(votes, row)])]
-            found[f"maj@{k}"] = bootstrap(n, k, elect, resamples=_MAJORITY_RESAMPLES)[0][0]
+            found[f"maj@{k}"] = bootstrap_mean(
+                n, k, lambda row: float(verdicts[majority(votes, row)]), resamples=_MAJORITY_RESAMPLES
+            )
     return found

@@ -1,4 +1,8 @@
-"""Numbers into balanced parts: Karmarkar-Karp differencing, bins with a hard limit, and an exchange that evens out."""
+"""Numbers into balanced parts: Karmarkar-Karp differencing, bins with a hard limit, and an exchange that evens out.
+
+`balanced_partition`, its `equal_size` (exchanges without `moves`) and `micro_batches` are what the reference's
+balancing schema asks for; the parity tests compare them. Packs are made by `fill_bins`.
+"""
 
 from __future__ import annotations
 

@@ -148,23 +148,22 @@ def mapped(config: RunConfig, pids: Iterable[int]) -> Check:
     return ok("LD_PRELOAD of workers", f"mapped: {', '.join(wanted)}")
 
 
-def lacking(preload: Mapping[str, str], process: int | str = "self") -> list[str]:
-    """What a running process was started without, one phrase each: it is asked itself, its parents may differ.
+def lacking(preload: Mapping[str, str]) -> list[str]:
+    """What this process was started without, one phrase each: it is asked itself, its parents may differ.
 
     Args:
         preload: variables it must have been started with (`ray.preload`); libraries of LD_PRELOAD must be mapped.
-        process: its number on this machine.
     """
     if not preload:
         return []
-    start = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+    start = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
     had = dict(entry.split("=", 1) for entry in start if "=" in entry)
     found = [
         f"{name}={had[name]} instead of {value}" if name in had else f"without {name}={value}"
         for name, value in preload.items()
         if had.get(name) != value
     ]
-    maps = Path(f"/proc/{process}/maps").read_text()
+    maps = Path("/proc/self/maps").read_text()
     libraries = had.get("LD_PRELOAD", "") if "LD_PRELOAD" in preload else ""
     unmapped = [lib for lib in libraries.replace(":", " ").split() if str(Path(lib).resolve()) not in maps]
     return found + [f"{library} of LD_PRELOAD is not mapped" for library in unmapped]

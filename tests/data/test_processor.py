@@ -70,12 +70,6 @@ def test_images_without_marker_come_first(processor: PromptProcessor) -> None:
     assert processor.encode("area?", data) == processor.encode("<image>area?", data)
 
 
-def test_count_is_the_length_of_the_encoded_prompt(processor: PromptProcessor) -> None:
-    assert processor.count("area?", [picture()], "Think.") == len(
-        processor.encode("area?", [picture()], "Think.").token_ids
-    )
-
-
 def test_pixels_do_not_depend_on_the_batch_or_on_the_cache(processor: PromptProcessor, vision_folder: Path) -> None:
     prompts = [prompt_of(processor, str(i), "area?", (picture(40 + 9 * i, 60, number=i),)) for i in range(8)]
     together, grids = processor.vision_inputs(prompts)
@@ -147,17 +141,6 @@ def test_text_only_model_has_no_images_and_says_so(text_folder: Path) -> None:
     assert processor.image_token_id is None
     with pytest.raises(DataError, match="text-only"):
         processor.encode("<image>area?", [picture()])
-
-
-def test_fingerprint_is_equal_for_a_copy_and_differs_for_another_resize_rule(
-    processor: PromptProcessor, vision_folder: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(vision_folder, tmp_path / "copy"))
-    assert PromptProcessor(copy).fingerprint == processor.fingerprint
-    settings = json.loads((copy / "preprocessor_config.json").read_text())
-    settings["size"]["longest_edge"] //= 2
-    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert PromptProcessor(copy).fingerprint != processor.fingerprint
 
 
 def test_folder_without_configuration_is_named(tmp_path: Path) -> None:

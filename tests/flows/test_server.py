@@ -1,6 +1,7 @@
 """Which Prefect server a run here uses."""
 
 import http.server
+import os
 import threading
 
 import pytest
@@ -56,12 +57,15 @@ def test_another_program_on_the_port_is_not_taken_for_prefect():
     assert not server.answers(None)
 
 
-def test_two_runs_do_not_share_a_database(tmp_path):
-    one, two = {}, {}
-    first = server.TemporaryServer(tmp_path / "runs" / ".prefect", one)
-    second = server.TemporaryServer(tmp_path / "runs" / ".prefect", two)
-    first.stop()
-    second.stop()
+def test_two_runs_do_not_share_a_database(tmp_path, monkeypatch):
+    servers, seen = [], []
+    for _ in range(2):
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        servers.append(server.TemporaryServer(tmp_path / "runs" / ".prefect"))
+        seen.append(os.environ)
+    for each in servers:
+        each.stop()
+    one, two = seen
     assert one["PREFECT_HOME"] == str(tmp_path / "runs" / ".prefect")
     assert two["PREFECT_HOME"] != one["PREFECT_HOME"]
     assert two["PREFECT_LOCAL_STORAGE_PATH"] == one["PREFECT_LOCAL_STORAGE_PATH"], "skipped stages are shared"

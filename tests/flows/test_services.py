@@ -15,6 +15,7 @@ from dapo.errors import ConfigError, EnvironmentCheckError
 from dapo.runtime import processes
 from dapo.runtime.cluster import free_port
 from flows import up
+from flows.down import down
 from flows.services import Service
 
 SERVER = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
@@ -147,3 +148,29 @@ def test_without_a_project_the_packages_files_are_laid_out(tmp_path, monkeypatch
     (shipped / "prefect.yaml").unlink()
     with pytest.raises(ConfigError, match=r"no prefect\.yaml in"):
         up.project_folder(said.append)
+
+
+def test_a_ray_that_no_longer_answers_stays_until_it_is_asked_to_end_whoever_uses_it(project, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
+    said = []
+    stack = up.Stack(project, said.append)
+    mark = f"dapo-test-{os.getpid()}"
+    ray = subprocess.Popen([sys.executable, "-c", FAMILY, mark], stdout=subprocess.PIPE, text=True)
+    children = list(map(int, ray.stdout.readline().split()))
+    state = stack.runs / ".ray"
+    state.mkdir(parents=True)
+    head = {"address": f"http://127.0.0.1:{free_port()}", "mark": mark, "temp_dir": str(project / "t"), "users": []}
+    (state / "head.json").write_text(json.dumps(head))
+    (state / "token").write_text("secret")
+    try:
+        down(stack, stop_runs=False, end_ray=False, wait_s=1)
+        assert ray.poll() is None
+        down(stack, stop_runs=False, end_ray=True, wait_s=1)
+        assert ray.wait(10) == -signal.SIGTERM
+        assert not [pid for pid in children if processes.look(pid)]
+        assert said[-1] == "Ray: ended"
+        said.clear()
+        down(stack, stop_runs=False, end_ray=True, wait_s=1)
+        assert not [words for words in said if "Ray" in words]
+    finally:
+        ray.kill()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dapo.eval.estimate import Reducer, bootstrap, majority, over_prompts, powers_of_two_to, resample_rows
+from dapo.eval.estimate import Reducer, bootstrap_mean, majority, over_prompts, powers_of_two_to, resample_rows
 from dapo.observe.metrics import describe, response_metrics, speed_metrics, update_metrics
 from dapo.plan.flops import ModelFlops
 from tests.parity.cases import METRIC_TOLERANCE, TOLERANCES, Case, assert_matches
@@ -115,29 +115,30 @@ def _of_prompt(values: Sequence[float], votes: Sequence[str] | None, *, resample
     if votes is not None:
         reducers["maj"] = lambda row: values[majority(votes, row)]
     for k in powers_of_two_to(n):
-        found = bootstrap(n, k, list(reducers.values()), resamples=resamples, seed=seed)
-        for name, (mean, std) in zip(reducers, found, strict=True):
-            estimates |= {f"{name}@{k}/mean": mean, f"{name}@{k}/std": std}
+        rows = resample_rows(n, k, resamples, seed)
+        for name, reduce in reducers.items():
+            estimates[f"{name}@{k}/mean"] = bootstrap_mean(n, k, reduce, resamples=resamples)
+            estimates[f"{name}@{k}/std"] = float(np.std([reduce(row) for row in rows]))
     return estimates
 
 
 @pytest.mark.golden("09_bootstrap")
 def test_bootstrap_agrees(case: Case) -> None:
     data, subset = case.inputs["data"], case.inputs["subset_size"]
-    draws = {"resamples": case.inputs["n_bootstrap"], "seed": case.inputs["seed"]}
-    found = bootstrap(
-        len(data),
-        subset,
-        [
-            lambda row: max(data[i] for i in row),
-            lambda row: min(data[i] for i in row),
-            lambda row: sum(data[i] for i in row) / len(row),
-        ],
-        **draws,
-    )
-    named = {f"{name}_mean_std": list(pair) for name, pair in zip(("max", "min", "mean"), found, strict=True)}
-    rows = resample_rows(len(data), subset, **draws)
-    assert_matches(named | {"first_three_index_rows": rows[:3]}, case.out, DOUBLE)
+    resamples, seed = case.inputs["n_bootstrap"], case.inputs["seed"]
+    reducers: dict[str, Reducer] = {
+        "max": lambda row: max(data[i] for i in row),
+        "min": lambda row: min(data[i] for i in row),
+        "mean": lambda row: sum(data[i] for i in row) / len(row),
+    }
+    rows = resample_rows(len(data), subset, resamples, seed)
+    found: dict[str, Any] = {"first_three_index_rows": rows[:3]}
+    for name, reduce in reducers.items():
+        values = [reduce(row) for row in rows]
+        found[f"{name}_mean_std"] = [float(np.mean(values)), float(np.std(values))]
+        if seed == 42:  # the one in use
+            assert bootstrap_mean(len(data), subset, reduce, resamples=resamples) == pytest.approx(np.mean(values))
+    assert_matches(found, case.out, DOUBLE)
 
 
 @pytest.mark.golden("09_metric_reduction")

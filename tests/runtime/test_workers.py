@@ -1,11 +1,11 @@
 """What must be set before a process starts is looked for in the worker's own process, on a real Ray."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
-from contextlib import contextmanager
 
 import pytest
 
@@ -44,26 +44,28 @@ def test_a_worker_that_was_started_without_a_variable_says_so_before_it_loads_an
     assert "was started without SET_TOO_LATE=1 (ray.preload)" in lacked
 
 
-@contextmanager
-def started_with(env):
-    """A process that runs; its number."""
-    command = [sys.executable, "-c", "print(flush=True); input()"]
-    child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    child.stdout.readline()
-    yield child.pid
-    child.communicate(b"\n")
+def lacking_when_started_with(env, preload):
+    """What a process that was started with `env` says."""
+    script = (
+        "import json, sys; from dapo.plan.variables import lacking; print(json.dumps(lacking(json.loads(sys.argv[1]))))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(preload)], env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(told.stdout)
 
 
 def test_a_process_is_judged_by_what_it_was_started_with(monkeypatch):
-    with started_with({"A": "1", "B": "other"}) as process:
-        assert lacking({"A": "1"}, process) == []
-        assert lacking({"A": "1", "B": "2", "C": "3"}, process) == ["B=other instead of 2", "without C=3"]
+    env = {"PYTHONPATH": os.pathsep.join(sys.path), "A": "1", "B": "other"}
+    assert lacking_when_started_with(env, {"A": "1"}) == []
+    found = lacking_when_started_with(env, {"A": "1", "B": "2", "C": "3"})
+    assert found == ["B=other instead of 2", "without C=3"]
     monkeypatch.setenv("LD_PRELOAD", "/set/now.so")
     assert lacking({"LD_PRELOAD": "/set/now.so"}) == ["without LD_PRELOAD=/set/now.so"]
 
 
 def test_a_preloaded_library_must_be_mapped():
     """The loader skips a library it cannot use with a line on the terminal, and starts the process without it."""
-    env = {"LD_PRELOAD": "/no/such/library.so"}
-    with started_with(env) as process:
-        assert lacking(env, process) == ["/no/such/library.so of LD_PRELOAD is not mapped"]
+    preload = {"LD_PRELOAD": "/no/such/library.so"}
+    found = lacking_when_started_with({"PYTHONPATH": os.pathsep.join(sys.path), **preload}, preload)
+    assert found == ["/no/such/library.so of LD_PRELOAD is not mapped"]
