@@ -14,6 +14,7 @@ import pytest
 from dapo.errors import ConfigError, EnvironmentCheckError
 from dapo.runtime import processes
 from dapo.runtime.cluster import free_port
+from dapo.runtime.head import LocalHead
 from flows import up
 from flows.down import down
 from flows.services import Service
@@ -150,7 +151,7 @@ def test_without_a_project_the_packages_files_are_laid_out(tmp_path, monkeypatch
         up.project_folder(said.append)
 
 
-def test_a_ray_that_no_longer_answers_stays_until_it_is_asked_to_end_whoever_uses_it(project, monkeypatch):
+def test_a_ray_in_use_that_does_not_answer_ends_only_when_that_is_asked_for(project, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
     said = []
     stack = up.Stack(project, said.append)
@@ -159,12 +160,13 @@ def test_a_ray_that_no_longer_answers_stays_until_it_is_asked_to_end_whoever_use
     children = list(map(int, ray.stdout.readline().split()))
     state = stack.runs / ".ray"
     state.mkdir(parents=True)
-    head = {"address": f"http://127.0.0.1:{free_port()}", "mark": mark, "temp_dir": str(project / "t"), "users": []}
-    (state / "head.json").write_text(json.dumps(head))
+    told = LocalHead(f"http://127.0.0.1:{free_port()}", mark, str(project / "ray"), (os.getpid(),))
+    (state / "head.json").write_text(json.dumps(asdict(told)))
     (state / "token").write_text("secret")
     try:
         down(stack, stop_runs=False, end_ray=False, wait_s=1)
         assert ray.poll() is None
+        assert said[-1] == f"Ray: process {os.getpid()} uses it, it stays"
         down(stack, stop_runs=False, end_ray=True, wait_s=1)
         assert ray.wait(10) == -signal.SIGTERM
         assert not [pid for pid in children if processes.look(pid)]
