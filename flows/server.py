@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime.cluster import free_port
@@ -63,11 +64,11 @@ class TemporaryServer:
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        self._lock = (home / "lock").open("w")
+        self._lock = FileLock(home / "lock", thread_local=False)
         self._own_home: str | None = None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.acquire(blocking=False)
+        except Timeout:
             # Two servers on one SQLite file lock each other out.
             self._own_home = tempfile.mkdtemp(prefix="prefect-", dir=home.parent)
             home = Path(self._own_home)
@@ -102,7 +103,7 @@ class TemporaryServer:
 
     def stop(self) -> None:
         self._process.stop()
-        self._lock.close()
+        self._lock.release()
         if self._own_home:
             shutil.rmtree(self._own_home, ignore_errors=True)
 

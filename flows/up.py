@@ -7,7 +7,6 @@ record and a log of each, and `dapo down` ends nothing that has no record there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from filelock import FileLock, Timeout
 
 import dapo
 from dapo.config.run import RunConfig
@@ -92,12 +92,13 @@ class Stack:
     def locked(self) -> Iterator[None]:
         """One `up` or `down` at a time."""
         self.state.mkdir(parents=True, exist_ok=True)
-        with (self.state / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.say(f"another `dapo up` or `dapo down` works in {self.project}; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        lock = FileLock(self.state / "lock")
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            self.say(f"another `dapo up` or `dapo down` works in {self.project}; waiting for it")
+            held = lock.acquire()
+        with held:
             yield
 
     def up(self, mlflow_port: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import fcntl
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from filelock import FileLock, Timeout
 from prefect.runtime import flow_run
 
 from dapo.observe.layout import RunFolder
@@ -104,20 +104,26 @@ def cancelled() -> bool:
 def only_follower(folder: RunFolder, logger: Any) -> Iterator[None]:
     """Two flow runs of the same run would tell everything twice: the second waits here, and then finds it told."""
     place = _follower(folder)
-    with place.open("a") as file:
-        if not _lock(file):
-            logger.info("%s is followed by %s already; waiting for its end", folder.id, place.read_text())
-            with interrupted_when_cancelled():
-                while not _lock(file):
-                    time.sleep(1.0)
+    place.touch()
+    lock = _lock(place)
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("%s is followed by %s already; waiting for its end", folder.id, place.read_text())
+        with interrupted_when_cancelled():
+            held = lock.acquire(poll_interval=1.0)
+    with held:
         place.write_text(f"flow run {flow_run.name}, process {os.getpid()}")
         yield
 
 
 def followed(folder: RunFolder) -> bool:
     """Whether a flow run follows this run now."""
-    with _follower(folder).open("a") as file:
-        return not _lock(file)
+    try:
+        with _lock(_follower(folder)).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 class LogStream:
@@ -169,10 +175,6 @@ def _follower(folder: RunFolder) -> Path:
     return place
 
 
-def _lock(file: Any) -> bool:
-    """The lock ends with the process, however that ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(place: Path) -> FileLock:
+    """The lock ends with the process, however that ends. Beside the text: some versions empty the file they lock."""
+    return FileLock(f"{place}.lock")

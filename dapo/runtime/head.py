@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from dapo.errors import EnvironmentCheckError
 from dapo.files import write_whole
@@ -62,8 +63,7 @@ def forget(place: Path) -> None:
 def locked(place: Path) -> Iterator[None]:
     """One starter or stopper at a time, over processes and threads."""
     place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(place / "lock"):
         yield
 
 

@@ -6,13 +6,14 @@ The cluster itself is asked, not a lease: a job that died has no claim, whatever
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from dapo.config.run import RunConfig
 from dapo.observe.journal import read
@@ -81,6 +82,5 @@ def looking(config: RunConfig) -> Iterator[None]:
     """Between a look at the cluster and the submission nobody else of this `run_root` submits."""
     root = Path(config.run_root).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".submitting").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(root / ".submitting"):
         yield

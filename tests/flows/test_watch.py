@@ -1,12 +1,24 @@
-"""A job's log, passed on line by line."""
+"""A job's log, passed on line by line, by one flow run at a time."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
-from tasks.watch import LogStream
+from dapo.observe.layout import RunFolder
+from tasks.watch import LogStream, followed, only_follower
+
+FOLLOWER = """
+import logging, pathlib, sys, time
+from dapo.observe.layout import RunFolder
+from tasks.watch import only_follower
+with only_follower(RunFolder(pathlib.Path(sys.argv[1])), logging.getLogger()):
+    print("follows", flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -56,3 +68,17 @@ def test_the_rest_of_a_flood_is_counted(tmp_path, told, monkeypatch):
     monkeypatch.setattr("tasks.watch._PER_S", 0.0)
     stream.pump()
     assert told()[40:] == [f"960 lines more in {path}"]
+
+
+def test_who_follows_is_written_down_and_nobody_does_once_it_is_killed(tmp_path):
+    folder = RunFolder(tmp_path / "one")
+    assert not followed(folder)
+    child = subprocess.Popen([sys.executable, "-c", FOLLOWER, str(folder.root)], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"follows\n"
+    assert followed(folder)
+    assert f"process {child.pid}" in (tmp_path / ".followers" / "one").read_text()
+    child.kill()
+    child.wait()
+    assert not followed(folder)
+    with only_follower(folder, logging.getLogger()):
+        assert followed(folder)
