@@ -7,32 +7,43 @@ prefect deployment run evaluate/geo3k -p model=OWNER/NAME         by a Prefect w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from dapo.config.run import RunConfig
 from flows import names
+from flows.cancellation import stop_evaluation
 from flows.parameters import DEFAULT_PATH, Overrides, resolve
 from flows.recovery import begin, come_back
 from tasks import inputs
 from tasks.cached import CachedStage
 from tasks.evaluate import evaluate as evaluate_model
 from tasks.prepare_dataset import prepare_dataset
+from tasks.watch import cancelled, interrupted_when_cancelled
 
 
 def run_name() -> str:
     return names.of_evaluation(flow_run.parameters)
 
 
-@flow(name="evaluate", flow_run_name=run_name, persist_result=False, on_crashed=[come_back])
+@flow(
+    name="evaluate",
+    flow_run_name=run_name,
+    persist_result=False,
+    on_cancellation=[stop_evaluation],
+    on_crashed=[come_back],
+)
 def evaluate(
     model: str = "base",
     config_path: str = DEFAULT_PATH,
     overrides: Overrides = None,
     config: RunConfig | None = None,
     data: str | None = None,
-) -> str:
+) -> Any:
     """Measure a model on held-out prompts: mean@k, pass@k, maj@k with intervals, slices, a page of answers.
 
     Args:
@@ -49,7 +60,12 @@ def evaluate(
     run = resolve(config_path, overrides, config)
     begin()
     try:
-        prepared = data or CachedStage(prepare_dataset, run.data).result()
-        return evaluate_model(run, model, prepared, Path(model).name)
+        with interrupted_when_cancelled():
+            prepared = data or CachedStage(prepare_dataset, run.data).result()
+            return evaluate_model(run, model, prepared, Path(model).name)
+    except TerminationSignal:
+        if not cancelled():
+            raise
+        return Cancelled(message="cancelled while it measured; retry this flow run to go on")
     finally:
         inputs.abort_all()

@@ -2,7 +2,8 @@
 
 Prefect's server does not look after processes. A worker that lives notices the death of its flow runs; killed or
 stopped itself it leaves them Running for ever. So every flow run says where its process is, and every flow that starts
-on the same machine, and `dapo up`, looks for those that are gone.
+on the same machine, and `dapo up`, looks for those that are gone. Where it came to no word, killed at once or in an
+outage of the server, the name of the worker of `dapo up` says which machine it was.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     TaskRunFilter,
@@ -41,6 +43,9 @@ LABEL = "dapo.process"
 COMEBACKS = 5
 """Times a crashed flow run of a deployment is scheduled again by itself."""
 COMEBACK_S = 10.0
+_ACTIVE = (StateType.RUNNING, StateType.CANCELLING)
+_ENGINES = ("prefect.engine", "prefect.flow_engine", "prefect flow-run execute")
+"""What runs a flow run, on the command line of its process."""
 _WHY = "the flow's process is gone (killed, or with its worker or machine); training it had begun goes on"
 
 
@@ -59,10 +64,11 @@ def sweep() -> list[str]:
     """
     closed = []
     with get_client(sync_client=True) as client:
-        active = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
+        active = FlowRunFilterStateType(any_=list(_ACTIVE))
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=active))):
-            if _gone(run):
-                _close(client, run)
+            # Asked again: it may have ended well between the list and the look at its process.
+            if _gone(run) and _is_active(now := client.read_flow_run(run.id)):
+                _close(client, now)
                 closed.append(run.name)
     if closed:
         log.warning("closed, their processes are gone: %s", ", ".join(closed))
@@ -78,7 +84,7 @@ def come_back(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
         now = client.read_flow_run(flow_run.id)
         if now.state is None or not now.state.is_crashed():
             return
-        _close_task_runs(client, now)
+        _close_parts(client, now)
         _schedule_again(client, now)
 
 
@@ -96,20 +102,43 @@ def _tell_place(flow_run_id: UUID) -> None:
         client.update_flow_run_labels(flow_run_id, {LABEL: place})
 
 
+def _is_active(run: FlowRun) -> bool:
+    return run.state is not None and run.state.type in _ACTIVE
+
+
 def _gone(run: FlowRun) -> bool:
-    """Whether the process that this attempt told of lived on this machine and does not now."""
+    """Whether this attempt's process lived on this machine and does not now."""
     told = str(run.labels.get(LABEL, "")).split(":")
-    if len(told) != 5:
-        return False
-    host, boot, pid, born, attempt = told
-    if host != socket.gethostname() or int(attempt) != run.run_count:
-        return False  # another machine's; or a new attempt that has not told yet
+    if len(told) != 5 or int(told[4]) != run.run_count:
+        return _started_here(run) and not _found_here(run)
+    host, boot, pid, born, _ = told
     process = processes.look(int(pid))
-    return boot != _boot() or process is None or process.born != int(born)
+    if host != socket.gethostname() or (boot == _boot() and process is not None and process.born == int(born)):
+        return False
+    return not _found_here(run)  # a flow run that was suspended goes on in another process as the same attempt
+
+
+def _started_here(run: FlowRun) -> bool:
+    """Whether a worker of `dapo up` on this machine started it, as a process."""
+    host, colon, _ = str(run.labels.get("prefect.worker.name", "")).partition(":")
+    return bool(colon) and host == socket.gethostname() and run.labels.get("prefect.worker.type") == "process"
+
+
+def _found_here(run: FlowRun) -> bool:
+    """Whether Prefect's process for it lives.
+
+    The number that Prefect keeps does not decide: it may be used again, or be an attempt's before. The flow run's id is
+    in the process's environment, and in that of Ray and whatever else it started, which outlive it.
+    """
+    return any(
+        str(process.pid) == run.infrastructure_pid
+        or any(engine in " ".join(processes.command(process.pid)) for engine in _ENGINES)
+        for process in processes.carrying(f"PREFECT__FLOW_RUN_ID={run.id}")
+    )
 
 
 def _close(client: SyncPrefectClient, run: FlowRun) -> None:
-    _close_task_runs(client, run)
+    _close_parts(client, run)
     assert run.state is not None, "an active flow run has a state"
     if run.state.is_cancelling():
         _run_cancellation_hook(client, run)
@@ -119,13 +148,20 @@ def _close(client: SyncPrefectClient, run: FlowRun) -> None:
     _schedule_again(client, run)
 
 
-def _close_task_runs(client: SyncPrefectClient, run: FlowRun) -> None:
+def _close_parts(client: SyncPrefectClient, run: FlowRun) -> None:
+    """And the flow runs inside it, which had the same process."""
     running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     for task_run in client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
         task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running, name=None)),
     ):
         client.set_task_run_state(task_run.id, Crashed(message=_WHY), force=True)
+    inside = FlowRunFilter(
+        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
+    )
+    for child in client.read_flow_runs(flow_run_filter=inside):
+        client.set_flow_run_state(child.id, Crashed(message=_WHY), force=True)
 
 
 def _schedule_again(client: SyncPrefectClient, run: FlowRun) -> None:

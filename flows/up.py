@@ -85,8 +85,11 @@ class Stack:
 
     @property
     def worker_name(self) -> str:
-        """Always the same here, so that a worker that was killed is not taken for somebody else's."""
-        return f"{socket.gethostname()}-{self.project.name}"
+        """Always the same here, so that a worker that was killed is not taken for somebody else's.
+
+        The host, then a colon: `flows.recovery` reads from it on which machine a flow run was started.
+        """
+        return f"{socket.gethostname()}:{self.project.name}"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

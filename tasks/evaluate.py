@@ -9,6 +9,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
+from prefect.runtime import flow_run
 
 from dapo.config.run import RunConfig
 from tasks.progress import ProgressBar, artifact_key, best_effort
@@ -30,7 +31,7 @@ def evaluate(config: RunConfig, reference: str, data: str, label: str) -> str:
     log = get_run_logger()
     model = find_model(reference, config)
     bar = ProgressBar("evaluate", model.name)
-    found = measure(config, model, Path(data), lambda _: bar)
+    found = measure(config, model, Path(data), lambda _: bar, owner=flow_run.id or "")
     folder, measured = found.folder, found.numbers
     if found.before:
         log.info("skipped: the same weights answered the same questions before, in %s", folder.root)

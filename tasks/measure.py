@@ -34,7 +34,9 @@ class Measured:
         return f"run {self.mlflow_run}" if self.mlflow_run else self.problem
 
 
-def measure(config: RunConfig, model: Model, data: Path | None, progress: Callable[[str], Progress]) -> Measured:
+def measure(
+    config: RunConfig, model: Model, data: Path | None, progress: Callable[[str], Progress], owner: str = ""
+) -> Measured:
     """Fetch the weights, measure them (once), and tell MLflow; its outage costs no evaluation.
 
     Args:
@@ -42,6 +44,7 @@ def measure(config: RunConfig, model: Model, data: Path | None, progress: Callab
         model: as `dapo.eval.models.find_model` found it.
         data: folder of prepared data; None: the configured source is prepared while the weights are fetched.
         progress: for "weights", "data" and "prompts": who is told about it.
+        owner: whose evaluation it is, for `dapo.runtime.evaluation.stop_jobs`.
 
     Raises:
         DapoError: data or weights cannot be had, or what stopped the measuring.
@@ -53,7 +56,7 @@ def measure(config: RunConfig, model: Model, data: Path | None, progress: Callab
     assert prepared is not None, "given, or prepared"
     folder = make_folder(config, model, prepared, weights)
     before = folder.done
-    numbers = evaluate(folder, progress("prompts"))
+    numbers = evaluate(folder, progress("prompts"), owner)
     try:
         return Measured(folder, numbers, before, log_evaluation(folder, config))
     except Exception as error:

@@ -1,6 +1,8 @@
 """The locks, the package metadata and the Makefile cannot drift apart."""
 
+import ast
 import re
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,29 @@ LIGHT, VLLM = pins("cpu.lock"), pins("vllm.lock")
 def test_the_light_lock_satisfies_what_the_package_asks_for(text):
     need = Requirement(text)
     assert need.specifier.contains(LIGHT[canonicalize_name(need.name)])
+
+
+def test_what_is_imported_is_asked_for():
+    asked = {canonicalize_name(Requirement(text).name) for text in sum(EXTRAS.values(), PROJECT["dependencies"])}
+    asked.add("vllm-ascend")  # no extra can name it: see pyproject.toml
+    for name, file in sorted(imported().items()):
+        brought_by = {canonicalize_name(one) for one in metadata.packages_distributions().get(name, [name])}
+        assert brought_by & asked, (
+            f"{file} imports {name} ({', '.join(brought_by)}), which pyproject.toml does not name"
+        )
+
+
+def imported():
+    """Packages of others that our code imports, each with a file that does."""
+    found = {}
+    for file in (path for room in ("dapo", "flows", "tasks") for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found |= {name.partition(".")[0]: file for name in names}
+    return {
+        name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, "dapo", "flows", "tasks"}
+    }
 
 
 def test_vllm_comes_on_top_and_changes_no_pin():

@@ -23,8 +23,11 @@ from dapo.eval.results import PromptResult
 from dapo.observe.manifest import code_digest
 from dapo.types import RolloutGroup
 
-# What turns weights and prompts into verdicts.
-_MEASURING_CODE = ("data", "eval/estimate.py", "eval/results.py", "model", "rewards", "rollout")
+MEASURING_CODE = (
+    *("algo/batch.py", "data", "eval/estimate.py", "eval/results.py", "model", "records.py", "rewards", "rollout"),
+    *("runtime/evaluation_job.py", "runtime/generation.py", "runtime/prompts.py", "types.py"),
+)
+"""What turns weights and prompts into verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ def question_set(config: RunConfig, data: Path) -> str:
         "tokens": config.batch.max_response_tokens,
         "reward": config.reward.model_dump(mode="json", include={"function", "deadline_s"}),
         "engine": [config.rollout.engine, config.rollout.dtype, config.model.compute_dtype],
-        "code": code_digest(_MEASURING_CODE, config.reward.function),
+        "code": code_digest(MEASURING_CODE, config.reward.function),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -30,7 +30,10 @@ PACKAGES = (
     "pydantic",
 )
 
-TRAINING_CODE = ("algo", "config", "data", "device.py", "model", "plan", "rewards", "rollout", "runtime", "train")
+TRAINING_CODE = (
+    *("algo", "config", "data", "device.py", "model", "plan", "records.py", "rewards", "rollout", "runtime", "train"),
+    "types.py",
+)
 """Rooms of the package that decide what is learned."""
 
 

@@ -23,12 +23,13 @@ JOB = "dapo.runtime.evaluation_job"
 Progress = Callable[[int, int, str], None]
 
 
-def evaluate(folder: EvaluationFolder, progress: Progress) -> dict[str, Any]:
+def evaluate(folder: EvaluationFolder, progress: Progress, owner: str = "") -> dict[str, Any]:
     """Measure, or read what was measured before; returns what `metrics.json` holds.
 
     Args:
         folder: as `dapo.eval.evaluate.make_folder` made it.
         progress: told about prompts.
+        owner: name under which `stop_jobs` finds its Ray job when we are gone.
 
     Raises:
         DapoError: what stopped the measuring process.
@@ -40,7 +41,7 @@ def evaluate(folder: EvaluationFolder, progress: Progress) -> dict[str, Any]:
     for old in (folder.error, folder.progress):
         old.unlink(missing_ok=True)
     if on_ray(config):
-        _run_as_ray_job(folder, config, progress)
+        _run_as_ray_job(folder, config, progress, owner)
     else:
         _run_here(folder, config, progress)
     if folder.done:
@@ -56,6 +57,19 @@ def on_ray(config: RunConfig) -> bool:
     return config.ray.address is not None or config.model.parallel.world_size > 1
 
 
+def stop_jobs(config: RunConfig, owner: str) -> None:
+    """End the Ray jobs of this owner's evaluations; a killed process leaves its job and the job's devices behind."""
+    from dapo.runtime.cluster import connect, find_local
+    from dapo.runtime.turn import EVALUATION, live_jobs
+
+    cluster = connect(config) if config.ray.address else find_local(config)
+    if cluster is None:
+        return
+    for job in live_jobs(cluster):
+        if (job["metadata"]["kind"], job["metadata"].get("owner")) == (EVALUATION, owner):
+            cluster.stop(job["submission_id"])
+
+
 def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
     env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **NO_PHONE_HOME, **config.ray.env}
     child = LeashedProcess("dapo.runtime.leash", JOB, str(folder.root), env=env, log=folder.log)
@@ -65,13 +79,14 @@ def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -
         child.stop()
 
 
-def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
+def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progress, owner: str) -> None:
     from dapo.runtime.cluster import connect
     from dapo.runtime.dashboard import TERMINAL, DashboardAway, UnknownJob
     from dapo.runtime.training import TrainingJob
     from dapo.runtime.turn import EVALUATION
 
-    job = TrainingJob(connect(config), RunFolder(folder.root), config, entrypoint=("-m", JOB), kind=EVALUATION)
+    run, entrypoint = RunFolder(folder.root), ("-m", JOB)
+    job = TrainingJob(connect(config), run, config, entrypoint=entrypoint, kind=EVALUATION, owner=owner)
     job.start()
 
     def ended() -> bool:

@@ -55,10 +55,15 @@ def family(mark: str) -> list[Process]:
     return [p for p in everybody if p.pid in ours and p.pid != os.getpid()]
 
 
+def carrying(mark: str) -> list[Process]:
+    """Processes with `mark` in their environment or command line; their children only where they have it too."""
+    everybody = [p for entry in _PROC.iterdir() if entry.name.isdigit() and (p := look(int(entry.name)))]
+    return [p for p in everybody if carries(p.pid, mark)]
+
+
 def session(leader: int, mark: str) -> list[Process]:
     """Processes of the session that `leader` began, each with `mark` in its environment or command line."""
-    everybody = [p for entry in _PROC.iterdir() if entry.name.isdigit() and (p := look(int(entry.name)))]
-    return [p for p in everybody if p.session == leader and carries(p.pid, mark)]
+    return [p for p in carrying(mark) if p.session == leader]
 
 
 def carries(pid: int, mark: str) -> bool:

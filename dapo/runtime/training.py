@@ -44,6 +44,7 @@ class TrainingJob:
         entrypoint: arguments of the Python that is started with the run folder behind them.
         back_off_s: pauses before the first, second, ... restart; the last one repeats.
         kind: `training` waits until no other training runs on the cluster; any other kind does not wait.
+        owner: told to the cluster with the job: who asked for it.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class TrainingJob:
         entrypoint: Sequence[str] = ENTRYPOINT,
         back_off_s: Sequence[float] = BACK_OFF_S,
         kind: str = TRAINING,
+        owner: str = "",
     ) -> None:
         self.cluster, self.run, self.config = cluster, run, config
         self.entrypoint, self.back_off_s = tuple(entrypoint), tuple(back_off_s)
-        self.kind = kind
+        self.kind, self.owner = kind, owner
         self.id = ""
         self._fence = 0  # an `ended` event before this place in the journal is an earlier attempt's
 
@@ -106,7 +108,7 @@ class TrainingJob:
         self.id = f"dapo-{self.run.id}-{1 + max([started, *known])}"
         self._fence = self.run.journal.stat().st_size if self.run.journal.exists() else 0
         self.run.stop_request.unlink(missing_ok=True)
-        metadata = {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind}
+        metadata = {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind, "owner": self.owner}
         arguments = [*self.entrypoint, str(self.run.root)]
         try:
             submit(self.cluster, self.id, arguments, NO_PHONE_HOME | dict(self.config.ray.env), metadata)

@@ -1,6 +1,9 @@
 """The flows `evaluate` and `compare` through Prefect's engine, with a real engine and a model of random weights."""
 
+import contextvars
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,41 @@ def test_several_devices_answer_as_one_does(config):
     alone = evaluate(io.override(config, {"name": "one", "seed": 3}))
     assert alone.root == two.root
     assert alone.read_metrics()["estimates"] == again["estimates"]
+
+
+def test_a_cancelled_evaluation_gives_its_devices_back(config):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Cancelling
+
+    from flows.evaluate import evaluate as flow
+
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}})
+
+    def evaluations():
+        head = cluster.find_local(config)
+        jobs = head.jobs() if head else []
+        return [job for job in jobs if job["metadata"]["kind"] == "evaluation" and job["status"] == "RUNNING"]
+
+    def cancel():
+        while not evaluations():
+            time.sleep(0.2)
+        with get_client(sync_client=True) as client:
+            [run] = client.read_flow_runs(flow_run_filter=running)
+            assert [job["metadata"]["owner"] for job in evaluations()] == [str(run.id)]
+            client.set_flow_run_state(run.id, Cancelling(), force=True)
+
+    canceller = threading.Thread(target=contextvars.copy_context().run, args=(cancel,))
+    canceller.start()
+    # So many answers that it would be measuring for long.
+    two = io.override(config, {"model.parallel.world_size": 2, "seed": 5, "validation.samples": 4096})
+    state = flow(config=two, return_state=True)
+    canceller.join()
+    assert state.is_cancelled(), state
+    end_at = time.monotonic() + 30
+    while evaluations():
+        assert time.monotonic() < end_at
+        time.sleep(0.2)
 
 
 def test_a_lasting_failure_is_not_tried_again(config, capsys):

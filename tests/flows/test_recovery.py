@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import socket
 import subprocess
-import threading
+import sys
 import time
+from uuid import UUID
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling, Crashed, Pending, Running
 
@@ -79,6 +80,75 @@ def test_flow_run_whose_process_is_gone_is_crashed_and_only_that(dead):
     assert states == dict.fromkeys(told, "Running") | ended
 
 
+@contextlib.contextmanager
+def process_of(run, *words):
+    """With the flow run's id in its environment, as Prefect starts it; and `words` on its command line."""
+    env = {**os.environ, "PREFECT__FLOW_RUN_ID": str(run)}
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words], env=env)
+    try:
+        while not processes.carries(child.pid, str(run)):
+            time.sleep(0.01)
+        yield child.pid
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_flow_run_killed_before_it_said_a_word_is_crashed_and_only_that(dead):
+    """Its worker's name says on which machine it was; Prefect's own number of the process may be anybody's by now."""
+    here = socket.gethostname()
+    worker = {"prefect.worker.name": f"{here}:project", "prefect.worker.type": "process"}
+    with get_client(sync_client=True) as client, contextlib.ExitStack() as stack:
+        told = {
+            "gone": (running(client), worker, dead.pid),
+            "cancelled": (running(client, state=Cancelling), worker, dead.pid),
+            "number used again": (running(client), worker, os.getpid()),
+            "an attempt before told": (running(client, attempt=2), worker | place(dead), dead.pid),
+            "only its Ray lives": (running(client), worker, dead.pid),
+            "lives": (running(client), worker, None),
+            "lives, number of the attempt before": (running(client, attempt=2), worker, dead.pid),
+            "suspended, goes on elsewhere": (running(client), worker | place(dead), dead.pid),
+            "another machine's": (running(client), worker | {"prefect.worker.name": "elsewhere:project"}, dead.pid),
+            "nobody knows whose": (running(client), worker | {"prefect.worker.name": f"{here}-1"}, dead.pid),
+            "in a container": (running(client), worker | {"prefect.worker.type": "docker"}, dead.pid),
+        }
+        for name, (one, labels, pid) in told.items():
+            if name == "lives":
+                pid = stack.enter_context(process_of(one))
+            elif name == "only its Ray lives":
+                stack.enter_context(process_of(one, "gcs_server"))
+            elif name in ("lives, number of the attempt before", "suspended, goes on elsewhere"):
+                stack.enter_context(process_of(one, "prefect.engine"))
+            client.update_flow_run_labels(one, labels)
+            client.update_flow_run(one, infrastructure_pid=str(pid))
+        recovery.sweep()
+        states = {name: client.read_flow_run(one).state.name for name, (one, *_) in told.items()}
+    ended = {"gone", "number used again", "an attempt before told", "only its Ray lives"}
+    assert states == dict.fromkeys(told, "Running") | dict.fromkeys(ended, "Crashed") | {"cancelled": "Cancelled"}
+
+
+def test_flow_runs_inside_end_with_the_one_around_them(dead):
+    inside = []
+
+    @flow(name="inner")
+    def inner():
+        inside.append(UUID(this_run.id))
+
+    @flow(name="outer")
+    def outer():
+        inner()
+        return UUID(this_run.id)
+
+    around = outer()
+    with get_client(sync_client=True) as client:
+        for one in (around, *inside):
+            client.set_flow_run_state(one, Running(), force=True)
+        attempt = client.read_flow_run(around).run_count
+        client.update_flow_run_labels(around, place(dead, attempt=attempt))
+        recovery.sweep()
+        assert [client.read_flow_run(one).state.name for one in (around, *inside)] == ["Crashed", "Crashed"]
+
+
 def test_flow_run_of_a_deployment_comes_back_so_many_times(dead):
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(client.create_flow(any_flow), "any", entrypoint="any:any")
@@ -127,8 +197,8 @@ def test_cancelled_flow_run_without_a_process_gets_its_flow_s_hook(dead, monkeyp
         client.update_flow_run_labels(run, place(dead))
     recovery.sweep()
     assert called == [(run, "Cancelling")]
-    trains = ("dapo", "retrain")
-    assert {name: flow_of(name).on_cancellation_hooks for name in trains} == {n: [recovery.HOOKS[n]] for n in trains}
+    jobs = ("dapo", "retrain", "evaluate")
+    assert {name: flow_of(name).on_cancellation_hooks for name in jobs} == {n: [recovery.HOOKS[n]] for n in jobs}
 
 
 def flow_of(name):
@@ -202,29 +272,3 @@ def test_what_the_server_lost_is_told_again_and_what_it_has_is_not(told_run, mon
     # Killed before the server's word was written down, the next flow run looks for itself.
     (folder.root / "prefect.json").write_text(json.dumps(remembered | {"offset": 0}))
     assert completed(follower(folder, config)) == []
-
-
-def test_cancellation_that_no_worker_passes_on_interrupts_the_flow(monkeypatch):
-    """Prefect's worker passes on only the first cancellation of a flow run, not the one after a retry."""
-    from tasks import watch
-
-    interrupted = []
-
-    @flow(name="waits")
-    def waits():
-        def cancel(flow_run_id):
-            with get_client(sync_client=True) as client:
-                client.set_flow_run_state(flow_run_id, Cancelling(), force=True)
-
-        import contextvars
-
-        later = threading.Thread(target=contextvars.copy_context().run, args=(cancel, this_run.id))
-        try:
-            with watch.interrupted_when_cancelled():
-                later.start()
-                time.sleep(120)
-        except TerminationSignal:
-            interrupted.append(watch.cancelled())
-
-    waits(return_state=True)
-    assert interrupted == [True]
