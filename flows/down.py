@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from uuid import UUID
 
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
@@ -50,23 +51,30 @@ def down(stack: Stack, *, stop_runs: bool, end_ray: bool, wait_s: float) -> None
 
 
 def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
-    """Ask, wait with progress, until no training and no flow run of ours is left."""
+    """Ask, wait with progress, until no training is left, nor a flow run that followed one or waited for one."""
+    asked: set[RunFolder] = set()
+    cancelled: set[UUID] = set()
     if reachable:
-        from flows.pool import active_runs, cancel_waiting
+        from flows.pool import cancel_waiting, following
+        from tasks.told import known
 
         for pool in stack.pools:
-            for name in cancel_waiting(pool):
-                stack.say(f"  flow run {name}: waited for another training; cancelled")
+            for run in cancel_waiting(pool):
+                stack.say(f"  flow run {run.name}: waited for another training; cancelled")
+                cancelled.add(run.id)
     begun, told = time.monotonic(), float("-inf")
     while True:
         trainings = _trainings(stack)
         for folder in trainings:
+            asked.add(folder)
             # Again each time: a job that was just started has removed an earlier one's request.
             if not folder.stop_request.exists():
                 folder.stop_request.write_text("dapo down --stop-runs\n")
-        # A flow has its report to write and its numbers to send when the job has ended.
-        flows = [run.name for pool in stack.pools for run in active_runs(pool)] if reachable else []
-        flows = flows if any(stack.worker(pool).running() for pool in stack.pools) else []
+        flows = []
+        if reachable and any(stack.worker(pool).running() for pool in stack.pools):
+            # They have their report to write and their numbers to send when the job has ended.
+            ours = cancelled | {UUID(one) for folder in asked for one in known(folder)}
+            flows = [run.name for pool in stack.pools for run in following(pool, ours)]
         if not trainings and not flows:
             return
         if time.monotonic() - begun > wait_s:

@@ -6,11 +6,14 @@ Prefect reads its settings when it is imported: import this module when PREFECT_
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
@@ -56,19 +59,26 @@ def online_workers(pool: str) -> dict[str, datetime]:
     return found
 
 
-def active_runs(pool: str) -> list[FlowRun]:
-    """Flow runs that a worker has taken and that have not ended."""
+def following(pool: str, flow_runs: set[UUID]) -> list[FlowRun]:
+    """Flow runs that a worker of `pool` has taken and that have not ended: these, and parents of these."""
     with get_client(sync_client=True) as client:
-        return _active(client, pool)
+        return [run for run in _active(client, pool) if run.id in flow_runs or _is_parent(client, run, flow_runs)]
 
 
-def cancel_waiting(pool: str) -> list[str]:
-    """Cancel the flow runs that wait for another training; returns their names."""
+def cancel_waiting(pool: str) -> list[FlowRun]:
+    """Cancel the flow runs that wait for another training."""
     with get_client(sync_client=True) as client:
         waiting = [run for run in _active(client, pool) if WAITING in run.tags]
         for run in waiting:
             client.set_flow_run_state(run.id, State(type=StateType.CANCELLING, name="Cancelling"))
-    return [run.name for run in waiting]
+    return waiting
+
+
+def _is_parent(client: SyncPrefectClient, run: FlowRun, flow_runs: set[UUID]) -> bool:
+    children = FlowRunFilter(
+        id=FlowRunFilterId(any_=list(flow_runs)), parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id])
+    )
+    return bool(client.read_flow_runs(flow_run_filter=children))
 
 
 def _active(client: SyncPrefectClient, pool: str) -> list[FlowRun]:

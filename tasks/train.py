@@ -109,7 +109,7 @@ def stopped(config: RunConfig) -> State[Any]:
 
 
 def stop_running_job(config: RunConfig) -> None:
-    """End this run's job, wherever it was submitted from, with a checkpoint where it can write one.
+    """End this run's job, wherever it was submitted from, with a checkpoint where one can be written in `STOP_GRACE_S`.
 
     Nothing happens where none runs, or where another flow run follows it.
     """
@@ -124,6 +124,11 @@ def stop_running_job(config: RunConfig) -> None:
     job = TrainingJob(cluster, RunFolder.of(config), config)
     if found := job.running():
         job.id = found
+        if config.ray.cancel != "now":
+            # Told by Ray alone it has as long as that cluster's head was started with: 3 s, where nobody said more.
+            job.request_stop("the flow run was cancelled")
+            if job.wait(STOP_GRACE_S):
+                return
         job.kill()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -101,7 +102,8 @@ def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progr
         _watch(folder, config, progress, ended)
     finally:
         if not ended():
-            job.kill()
+            with contextlib.suppress(DashboardAway):
+                job.end()  # it gives its devices back before anybody goes on
         job.keep_output()
 
 

@@ -76,12 +76,20 @@ class TrainingJob:
             waiting: called every `TURN_EVERY_S` seconds while another training has the cluster; raises to give up.
         """
         away_since: float | None = None
+        submitted = False
         while True:
             try:
                 with looking(self.config):
-                    other = ahead(self.cluster, self.run) if self.kind == TRAINING else None
+                    other = self._ahead(submitted)
+                    if other is None and not submitted:
+                        submitted = self._start()
+                        # Who submits from another `run_root` looked at the same moment: the later one withdraws.
+                        other = self._ahead(submitted) if submitted else None
                     if other is None:
-                        return self._start()
+                        return submitted
+                    if submitted:
+                        self.end()
+                        submitted = False
                 away_since = None
                 waiting(other)
             except DashboardAway as away:
@@ -92,6 +100,9 @@ class TrainingJob:
                 if self.cluster.local:  # it may have ended with the training that we waited for
                     self.cluster = connect(self.config)
             time.sleep(TURN_EVERY_S)
+
+    def _ahead(self, submitted: bool) -> Ahead | None:
+        return ahead(self.cluster, self.run, self.id if submitted else "") if self.kind == TRAINING else None
 
     def _start(self) -> bool:
         found = self.running()
@@ -182,6 +193,24 @@ class TrainingJob:
             self.cluster.stop(self.id)
         except (DashboardAway, UnknownJob) as error:
             log.warning("could not stop %s: %s", self.id, error)
+
+    def end(self) -> None:
+        """Kill the job and wait until the cluster has it no more.
+
+        Raises:
+            DashboardAway: nobody can tell.
+        """
+        self.kill()
+        self.wait(LEAVE_S)
+
+    def wait(self, at_most_s: float) -> bool:
+        """Whether this run's job has ended within this time; raises DashboardAway."""
+        end_at = time.monotonic() + at_most_s
+        while self.running():
+            if time.monotonic() > end_at:
+                return False
+            time.sleep(POLL_S)
+        return True
 
     def keep_output(self) -> None:
         """Copy what the job and its workers printed into the run folder: Ray forgets it when the cluster goes."""

@@ -6,6 +6,7 @@ The cluster itself is asked, not a lease: a job that died has no claim, whatever
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,14 +66,19 @@ def live_jobs(cluster: Dashboard) -> list[dict[str, Any]]:
     return [job for job in cluster.jobs() if job["status"] not in TERMINAL and (job.get("metadata") or {}).get("kind")]
 
 
-def ahead(cluster: Dashboard, run: RunFolder) -> Ahead | None:
-    """The training that `run` has to wait for; None where the cluster is free, or has this run itself."""
-    others = [
-        job for job in live_jobs(cluster) if job["metadata"]["kind"] == TRAINING and job["metadata"]["run"] != run.id
-    ]
+def ahead(cluster: Dashboard, run: RunFolder, job: str = "") -> Ahead | None:
+    """The training that `run` has to wait for; None where the cluster is free, or has this run itself.
+
+    Args:
+        job: submission id of this run's own job: then only what was submitted before it.
+    """
+    live = [one for one in live_jobs(cluster) if one["metadata"]["kind"] == TRAINING]
+    live.sort(key=lambda one: (one["start_time"], one["submission_id"]))
+    before = itertools.takewhile(lambda one: one["submission_id"] != job, live)
+    others = [one for one in before if one["metadata"]["run"] != run.id]
     if not others:
         return None
-    first = min(others, key=lambda job: (job["start_time"], job["submission_id"]))
+    first = others[0]
     folder = RunFolder(Path(first["metadata"]["folder"]))
     return Ahead(first["submission_id"], folder, first["start_time"] / 1000)
 

@@ -16,6 +16,7 @@ from dapo.observe.layout import RunFolder
 from dapo.runtime import cluster, processes, training
 from dapo.runtime.dashboard import Dashboard, DashboardAway
 from dapo.runtime.training import TrainingJob, ended
+from tasks.train import stop_running_job
 
 STANDIN = str(Path(__file__).parent / "standin_job.py")
 
@@ -172,6 +173,19 @@ def test_remote_cluster_gets_the_code_but_not_the_data_and_asks_for_the_token(ra
     monkeypatch.delenv("OUR_TOKEN")
     with pytest.raises(EnvironmentCheckError, match="refuses us"):
         cluster.connect(config)
+
+
+def test_job_of_a_flow_run_without_a_process_is_stopped_with_a_checkpoint(ray, root, monkeypatch):
+    run, config = make_run(root, "orphan", STANDIN_SECONDS="0.5")
+    monkeypatch.setenv("OUR_TOKEN", ray.token)
+    config = io.override(config, {"ray.address": ray.address, "ray.token_env": "OUR_TOKEN"})
+    job_of(ray, run, config).start()
+    while not run.journal.exists():
+        time.sleep(0.1)
+    stop_running_job(config)
+    end = ended(run)
+    assert end.data == {"status": "stopped", "reason": "the flow run was cancelled"}
+    assert run.checkpoint(end.step).is_dir()
 
 
 def test_head_is_found_again_and_asks_for_its_token(ray, root):

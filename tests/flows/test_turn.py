@@ -8,7 +8,7 @@ import pytest
 
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
-from dapo.runtime.turn import Ahead
+from dapo.runtime.turn import Ahead, ahead
 from tests.flows.test_training_job import job_of, make_run
 
 
@@ -104,6 +104,37 @@ def test_of_two_that_start_together_one_trains(ray, root):
     assert holder.id == winner
     holder.kill()
     gone(holder)
+
+
+@pytest.mark.slow
+def test_who_submits_from_another_run_root_at_the_same_moment_withdraws_and_waits(ray, root, tmp_path, monkeypatch):
+    first = job_of(ray, *make_run(root, "north", STANDIN_SECONDS="600"))
+    run, config = make_run(tmp_path, "south")
+    second = job_of(ray, run, config)
+    submit = second._start
+
+    def together():
+        """Both have looked at a free cluster."""
+        monkeypatch.undo()
+        assert first.start()
+        assert submit()
+        assert ahead(ray, first.run, first.id) is None, "the earlier one stays"
+        return True
+
+    monkeypatch.setattr(second, "_start", together)
+    seen = []
+
+    def waiting(other):
+        seen.append(other.job)
+        assert second.running() is None
+        assert first.running()
+        first.end()
+
+    assert second.start(waiting)
+    assert seen == [first.id]
+    assert second.id.endswith("-2")
+    assert [e.data["status"] for e, _ in second.follow() if e.kind == "ended"] == ["finished"]
+    gone(second)
 
 
 def test_it_says_who_since_when_and_how_far(tmp_path):
