@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _AUTO = {
     "qwen3": AutoModelForCausalLM,
     "qwen3_moe": AutoModelForCausalLM,
 }
+BUILDING = Lock()
+"""While transformers builds a model it changes what all threads of the process see: the default dtype, tied weights."""
 EXPERT_SUFFIXES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 """Fused expert weights, [E, out, in] in transformers. The hub's files hold [E, in, out] for Qwen3-VL-MoE, and a tensor
 per expert and projection for Qwen3-MoE (`expert_names`)."""
@@ -53,7 +56,7 @@ def load_model(
         WeightsError: not such a folder, an architecture we do not train, missing or misshapen tensors.
     """
     config = _config(folder)
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model: PreTrainedModel = _AUTO[config.model_type].from_config(
             config, attn_implementation=ATTENTION, dtype=dtype
         )

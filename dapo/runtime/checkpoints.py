@@ -70,10 +70,10 @@ class Checkpoints:
             controller: its state, as JSON can hold it.
             metrics: of this step's validation.
         """
-        started = time.perf_counter()
         self.notice(wait=True)
         if self._newest == step:
             return
+        started = time.perf_counter()
         try:
             temporary = begin(self.folder, step)
             (temporary / "state").mkdir()
@@ -91,18 +91,14 @@ class Checkpoints:
         writing = self._writing
         if writing is None:
             return
+        looked = time.perf_counter()
         try:
-            if writing.sealed is None:
-                if not self.policy.written(wait=wait):
-                    return
-                writing.sealed = self._thread.submit(
-                    seal, self.folder, writing.step, writing.controller, writing.metrics
-                )
-            if not wait and not writing.sealed.done():
-                return
-            path = writing.sealed.result()
+            path = self._sealed(writing, wait)
         except (OSError, DapoError) as error:
             self._failed(writing.step, error)
+            return
+        writing.waited += time.perf_counter() - looked
+        if path is None:
             return
         self._writing, self.failure, self._newest = None, None, writing.step
         with self._alarmed(writing.step, "checkpoint_prune", f"{path} is whole, but an older one could not be removed"):
@@ -111,6 +107,14 @@ class Checkpoints:
             seconds = time.perf_counter() - writing.started
             self._tell(path, best(self.folder), seconds=seconds, waited=writing.waited)
             self._whole(path)
+
+    def _sealed(self, writing: _Writing, wait: bool) -> Path | None:
+        """The checkpoint, or None while it is not whole yet."""
+        if writing.sealed is None:
+            if not self.policy.written(wait=wait):
+                return None
+            writing.sealed = self._thread.submit(seal, self.folder, writing.step, writing.controller, writing.metrics)
+        return writing.sealed.result() if wait or writing.sealed.done() else None
 
     def finish(self) -> None:
         """Wait for the checkpoint being written.
@@ -170,7 +174,7 @@ class _Writing:
     metrics: dict[str, float]
     started: float
     waited: float
-    """Seconds that training stood still for it."""
+    """Seconds that training stood still for it so far."""
     sealed: Future[Path] | None = None
 
 

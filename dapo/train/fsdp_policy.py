@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from dapo.model.experts import RouterLoad, router_metrics
 from dapo.model.load import load_model
 from dapo.model.network import Network
 from dapo.model.ulysses import check_heads
-from dapo.train import checkpoint, export, optim, parallel, weights
-from dapo.train.background import Background
+from dapo.train import optim, parallel, weights
 from dapo.train.collate import Collator, PackTargets, Processor
+from dapo.train.persistence import PolicyWriter
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import PackPlan, TrainBatch
 
@@ -73,9 +72,9 @@ class FsdpPolicy:
         """Optimiser updates made so far in the run."""
         self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
         self.collate.always_see = self.layout.mesh is not None
-        self.saver = checkpoint.Saver(self.layout)
-        self.writing = Background()
-        self._exported: list[tuple[Path, export.Snapshot]] = []
+        self.writer = PolicyWriter(
+            self.network, self.optimizer, self._moments_home, self.layout, self.compute_dtype, folder
+        )
         self._reference: Network | None = None
         self._plan: PackPlan | None = None
         self._old: dict[tuple[int, int], Tensor] = {}
@@ -246,47 +245,22 @@ class FsdpPolicy:
         return weights.fingerprint(self.network.model, self.compute_dtype, self.layout)
 
     def save(self, folder: Path) -> None:
-        """Begin to write sharded weights, optimiser state, update count and every rank's RNG into an existing folder;
-        collective. Returns when all is copied to host memory; `written` says when the folder is whole."""
-        state = self.saver.copy(self.network.model, self.optimizer, self._moments_home, self.updates)
-        self.writing.start(partial(self.saver.write, folder, state), "checkpoint")
+        self.writer.save(folder, self.updates)
 
     def export(self, folder: Path) -> None:
-        """Begin to write a Hugging Face folder in the hub's layout; collective. Returns when rank 0 has the weights in
-        host memory; `written` says when the folder is whole and compared."""
-        snapshot = export.take(self.network, self.compute_dtype, self.layout)
-        if snapshot is not None:
-            self._exported.append((folder, snapshot))
-            self.writing.start(partial(export.write, folder, self.folder, snapshot), "export")
+        self.writer.export(folder)
 
     def written(self, *, wait: bool) -> bool:
-        """Whether everything begun with `save` and `export` is on disk; what it was is forgotten then.
-
-        Raises:
-            CheckpointError: it could not be written or is not what was trained; the folders are of no use.
-        """
-        if self.writing.busy and not wait:
-            return False
-        exported, self._exported = self._exported, []
-        self.writing.finish()
-        for folder, snapshot in exported:
-            export.compare_logits(folder, snapshot)
-        return True
+        return self.writer.written(wait=wait)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, whatever number of ranks wrote it; collective.
-
-        Raises:
-            CheckpointError: not a whole checkpoint of this model, or one that is being written could not be.
-        """
-        self.writing.finish()
-        self.updates = checkpoint.load(folder, self.network.model, self.optimizer, self._moments_home, self.layout)
+        self.updates = self.writer.load(folder)
         self._plan, self._old, self._ref = None, {}, {}
 
     def close(self) -> None:
         """Finish what is being written and leave the process group."""
         try:
-            self.writing.finish()
+            self.writer.written(wait=True)
         finally:
             parallel.leave()
 

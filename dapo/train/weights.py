@@ -74,6 +74,14 @@ def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     return {name: checksum(local.to(dtype)) for name, local in _locals(model)}
 
 
+def shard_checksums(model: nn.Module, dtype: torch.dtype, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """`checksums` of all ranks that hold one copy between them, in the order of their rows; collective."""
+    own = checksums(model, dtype)
+    ranks = layout.gather(torch.tensor(list(own.values()), dtype=torch.float64))  # holds 32 bits exactly
+    shards = ranks[: layout.world // layout.shard_copies].long()
+    return {name: tuple(column) for name, column in zip(own, shards.T.tolist(), strict=True)}
+
+
 def _locals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()

@@ -22,8 +22,12 @@ LAYERS, EXPERTS, CHOICES = 2, 6, 2
 BANNED = (59, IMAGE, START, END, 63)
 
 
-def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -> Path:
-    """A `dense` or `moe` Qwen3-VL, a `text` or `text-moe` Qwen3, with lively random weights."""
+def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False, expert_size: int = 20) -> Path:
+    """A `dense` or `moe` Qwen3-VL, a `text` or `text-moe` Qwen3, with lively random weights.
+
+    Args:
+        expert_size: intermediate size of each expert; 16 makes their fused tensor square.
+    """
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -37,7 +41,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "pad_token_id": None,
     }
     experts = {
-        "moe_intermediate_size": 20,
+        "moe_intermediate_size": expert_size,
         "num_experts": EXPERTS,
         "num_experts_per_tok": CHOICES,
         "mlp_only_layers": [],

@@ -124,6 +124,18 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path):
     assert event.data["waited"] < event.data["seconds"]
 
 
+def test_waiting_for_its_end_counts_as_waiting_for_a_checkpoint(tmp_path):
+    policy = SlowPolicy()
+    folder, saves = make(tmp_path, policy)
+    saves.begin(1, {}, {})
+    Timer(0.2, policy.disk.set).start()
+    saves.begin(2, {}, {})
+    saves.finish()
+    first, second = (e.data for e in read(folder.journal) if e.kind == "checkpoint")
+    assert 0.15 < first["waited"] <= first["seconds"]
+    assert second["waited"] < 0.15  # not what it waited for the first
+
+
 def test_the_next_checkpoint_waits_for_the_one_before(tmp_path):
     policy = SlowPolicy()
     folder, saves = make(tmp_path, policy)
