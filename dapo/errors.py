@@ -28,6 +28,11 @@ class EngineError(DapoError):
     """The generation engine died, hung, or returned what no engine may return."""
 
 
+class ProofError(DapoError):
+    """The engine does not hold the trainer's weights, or does not compute with them: nothing may be trained on what it
+    writes, and a restart would not help. The message names the first wrong tensor, or the gap of the probe."""
+
+
 class RewardError(DapoError):
     """The reward function is broken (not: an answer is wrong); the message names the function and the cause."""
 

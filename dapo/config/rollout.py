@@ -43,8 +43,9 @@ class RolloutConfig(Frozen):
     eager: bool = True
     """No graph capture."""
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A generation round that takes longer means a hung engine. One beside the trainer (`devices`) is restarted; with a
-    colocated one the job is. With `separate_process` an engine silent for a third of it is killed and restarted."""
+    """A generation round, a weight sync, a sleep or a wake-up that takes longer means a hung engine. One beside the trainer
+    (`devices`) is restarted; with a colocated one the job is. With `separate_process` an engine silent for a third of
+    it is killed and restarted."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Engine restarts a step may use before the run fails."""
     router_replay: bool = False
@@ -54,8 +55,3 @@ class RolloutConfig(Frozen):
     """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Mean |difference| in nats that stops the run; null: 1e-3, or 0.05 where trainer or engine compute in bfloat16."""
-
-    @property
-    def restartable(self) -> bool:
-        """An engine that fails to take weights can be started again while its trainer lives on."""
-        return self.devices > 0 or self.separate_process

@@ -45,6 +45,9 @@ class TrainConfig(Frozen):
     """Newest checkpoints kept; the best by validation accuracy is kept besides."""
     mirror: str | None = None
     """URL of a folder (s3://bucket/runs): checkpoints are copied there, and a machine without any resumes from it."""
+    deadline_s: Annotated[float, Field(gt=0)] = 14400.0
+    """A pass for log-probabilities, an update, or the copy for a checkpoint that takes longer means a hung trainer: the
+    job is started again (`ray.restarts`). Keep it far above what the longest of them takes."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest whole checkpoint of this run."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dapo.errors import EngineError
+from dapo.errors import EngineError, ProofError
 from dapo.types import Completion
 
 _SAME = 1e-6
@@ -58,16 +58,16 @@ def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, floa
         engine: of what it was given, before it rounds or packs it.
 
     Raises:
-        EngineError: names the first tensor that is missing or differs.
+        ProofError: names the first tensor that is missing or differs.
     """
     if not trainer or not engine:
-        raise EngineError("weight sync: a fingerprint is empty, so nothing can be compared")
+        raise ProofError("weight sync: a fingerprint is empty, so nothing can be compared")
     for name, want in trainer.items():
         have = engine.get(name)
         if have is None:
-            raise EngineError(f"weight sync: the engine has no tensor {name}")
+            raise ProofError(f"weight sync: the engine has no tensor {name}")
         if not abs(have - want) <= _SAME * max(abs(want), 1e-12):
-            raise EngineError(
+            raise ProofError(
                 f"weight sync: {name} did not arrive: sum of |values| is {have!r} in the engine and {want!r} in the "
                 "trainer; it is the first wrong tensor"
             )
@@ -102,7 +102,7 @@ def check_probe(gap: ProbeGap, tolerance: float, *, after: str) -> None:
         after: what happened last, for the message ("weight sync to version 3", "wake-up").
 
     Raises:
-        EngineError: says which causes the size of the gap points at.
+        ProofError: says which causes the size of the gap points at.
     """
     if gap.mean <= tolerance:
         return
@@ -112,7 +112,7 @@ def check_probe(gap: ProbeGap, tolerance: float, *, after: str) -> None:
         cause = "that large a gap is other weights: stale or transposed tensors, skipped repacking, a partial sync"
     else:
         cause = "a small gap is another distribution: stale image features, temperature, banned ids, or precision"
-    raise EngineError(
+    raise ProofError(
         f"log-prob probe after {after}: engine and trainer differ by {gap.mean:.3g} nats on average over {gap.tokens} "
         f"tokens (largest {gap.largest:.3g}, allowed {tolerance:.3g}); {cause}"
     )

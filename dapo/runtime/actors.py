@@ -14,7 +14,7 @@ import ray
 
 from dapo import torchvision_cpu
 from dapo.config.run import RunConfig
-from dapo.errors import EngineError, EnvironmentCheckError
+from dapo.errors import EnvironmentCheckError
 from dapo.plan import variables
 from dapo.rollout.engine import Begun, Engine
 from dapo.train.policy import LogProbs, UpdateResult
@@ -112,7 +112,9 @@ class Trainer(_Actor):
 
     def restart_engine(self) -> None:
         self.weight_sync.forget()
-        self.engine.close()
+        dead: Engine | None = vars(self).pop("engine", None)  # absent, where the restart before this one failed
+        if dead is not None:
+            dead.close()
         self.engine = self._make_engine()
 
     def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
@@ -131,11 +133,7 @@ class Trainer(_Actor):
         from dapo.rollout.checks import compare_fingerprints
 
         sent = self.weight_sync.send(lambda weights, unchanged: self.engine.update_weights(weights, version, unchanged))
-        try:
-            compare_fingerprints(trainer=sent.fingerprint, engine=self.engine.fingerprint())
-        except EngineError:
-            self.weight_sync.forget()
-            raise
+        compare_fingerprints(trainer=sent.fingerprint, engine=self.engine.fingerprint())
         return sent.metrics
 
     def join(self, rendezvous: str, members: int) -> None:

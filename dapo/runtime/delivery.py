@@ -47,34 +47,45 @@ class WeightDelivery:
         Returns:
             its metrics, with the probe's where there was one.
 
+        An engine that dies meanwhile is started anew and given everything, as often as `rollout.restarts` allows.
+
         Raises:
-            EngineError: a tensor did not arrive, or the engine computes something else than the trainer.
+            EngineError: it died more often than that.
+            ProofError: a tensor did not arrive, or the engine computes something else than the trainer.
         """
+        while True:
+            try:
+                return self._deliver(step, version)
+            except EngineError as error:
+                self.restart(step, error)
+
+    def restart(self, step: int, error: EngineError) -> None:
+        """Start the engine anew, because of `error`, and again where it does not start. It holds the weights the run
+        started from: deliver next.
+
+        Raises:
+            EngineError: the last one, when this step has used up its `rollout.restarts`.
+        """
+        self._proved = False
+        while True:
+            self._restarts = {step: self._restarts.get(step, 0) + 1}
+            if self._restarts[step] > self.config.rollout.restarts:
+                raise error
+            self.journal.append("alarm", step, name="engine_restarted", message=str(error))
+            try:
+                self.engine.restart()
+            except EngineError as failed:
+                error = failed
+            else:
+                return
+
+    def _deliver(self, step: int, version: int) -> dict[str, float]:
         woke = self.engine.wake()
-        try:
-            metrics = self.policy.sync(version)
-        except EngineError as error:
-            if not self.config.rollout.restartable:
-                raise
-            self.restart(step, error)
-            metrics = self.policy.sync(version)
+        metrics = self.policy.sync(version)
         every = self.config.rollout.probe_every
         if woke or not self._proved or (every and step % every == 0):
             metrics = metrics | self._prove(step)
         return metrics
-
-    def restart(self, step: int, error: EngineError) -> None:
-        """Start the engine anew, because of `error`. It holds the weights the run started from: deliver next.
-
-        Raises:
-            EngineError: `error`, when this step has used up its `rollout.restarts`.
-        """
-        self._restarts = {step: self._restarts.get(step, 0) + 1}
-        if self._restarts[step] > self.config.rollout.restarts:
-            raise error
-        self.journal.append("alarm", step, name="engine_restarted", message=str(error))
-        self.engine.restart()
-        self._proved = False
 
     def _prove(self, step: int) -> dict[str, float]:
         params = self.sampling()

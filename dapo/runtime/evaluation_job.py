@@ -111,7 +111,8 @@ def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[Stream
         return
     import ray
 
-    from dapo.runtime.workers import RayEngine, Workers
+    from dapo.runtime.doors import RayEngine
+    from dapo.runtime.workers import Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
     workers = Workers(config)

@@ -70,8 +70,9 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     journal.append("progress", _last_step(folder), phase="loading", done=0, total=config.train.steps)
 
     from dapo.rewards.pool import RewardPool
+    from dapo.runtime.doors import RayEngine, RayPolicy
     from dapo.runtime.mirror import Mirror
-    from dapo.runtime.workers import RayEngine, RayPolicy, Workers
+    from dapo.runtime.workers import Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
     # After ray.init, which puts a handler of its own there.

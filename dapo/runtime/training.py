@@ -31,7 +31,15 @@ LEAVE_S = 60.0
 TURN_EVERY_S = 2.0
 BACK_OFF_S = (5.0, 30.0, 120.0)
 # What is written into the code or the configuration is there again after a restart.
-_LASTING = {"ConfigError", "DataError", "WeightsError", "EnvironmentCheckError", "RewardError", "StarvationError"}
+_LASTING = {
+    "ConfigError",
+    "DataError",
+    "WeightsError",
+    "EnvironmentCheckError",
+    "ProofError",
+    "RewardError",
+    "StarvationError",
+}
 
 
 class TrainingJob:

@@ -1,27 +1,32 @@
-"""The fan-out over all actors, and the two doors of the controller to them: `RayEngine` and `RayPolicy`."""
+"""The fan-out over all actors: their life, their calls, each with a deadline, and what goes wrong as one sentence."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from dapo import device
 from dapo.config.run import RunConfig
-from dapo.errors import DapoError, EngineError, EnvironmentCheckError, TrainingError
-from dapo.rollout.checks import compare_fingerprints
-from dapo.rollout.engine import Begun, collected
+from dapo.errors import ConfigError, DapoError, EngineError, EnvironmentCheckError, TrainingError
 from dapo.runtime.actors import Generator, Trainer
-from dapo.train.policy import LogProbs, UpdateResult
-from dapo.types import Completion, Finished, PackPlan, Prompt, SamplingParams, TrainBatch
 
-START_DEADLINE_S = 600.0
-WRITE_DEADLINE_S = 1800.0
+
+class Deadline(NamedTuple):
+    """How long a call may take before its worker counts as hung."""
+
+    seconds: float
+    key: str | None = None
+    """Of the configuration, where it can be raised."""
+
+
+START = Deadline(600.0)
+WRITE = Deadline(1800.0)
 
 
 class Workers:
@@ -31,6 +36,9 @@ class Workers:
     Raises:
         EnvironmentCheckError: the cluster has fewer devices than the run needs.
     """
+
+    _hung: str | None = None
+    """Which trainer does not answer any more."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -44,6 +52,11 @@ class Workers:
         """The actors that hold an engine."""
         return self.generators or self.trainers
 
+    @property
+    def engine_deadline(self) -> Deadline:
+        """Of what waits for engines alone, or moves weights."""
+        return Deadline(self.config.rollout.deadline_s, "rollout.deadline_s")
+
     def begin(self, weights: Path) -> list[Any]:
         """Start loading everywhere; returns at once with what `ready` waits for."""
         self.weights = str(weights)
@@ -52,53 +65,99 @@ class Workers:
 
     def ready(self, loading: list[Any]) -> list[Any]:
         """Wait for what `begin` began; returns host, process and device of each actor."""
-        places = self.get(loading, START_DEADLINE_S, "loading the weights")
+        places = self.get(loading, START, "loading the weights")
         self._join()
         return places
 
     def restart_engines(self) -> None:
-        """Engines on devices of their own get new processes, whatever became of the old ones."""
-        if not self.generators:
-            self.call("restart_engine", deadline_s=START_DEADLINE_S)
-            return
-        for actor in self.generators:
-            ray.kill(actor)
-        self.generators = self._new_generators()
-        self.get(self._begin_generators(), START_DEADLINE_S, "restarting the engines")
+        """Engines on devices of their own get new processes, whatever became of the old ones.
+
+        Raises:
+            EngineError: they do not start. The configuration is not to blame, for it started them before: the memory of
+                the old ones may not be free yet.
+            TrainingError: a trainer hangs or died.
+        """
+        try:
+            if not self.generators:
+                self.call("restart_engine", deadline=START)
+                return
+            for actor in self.generators:
+                ray.kill(actor)
+            # A sync that waits for the old ones ends with them; who does not answer now hangs by itself.
+            self.call("forget_engines", deadline=START)
+            self.generators = self._new_generators()
+            self.get(self._begin_generators(), START, "restarting the engines", engines=True)
+        except ConfigError as error:
+            raise EngineError(f"an engine that ran before did not start again: {error}") from error
         self._join()
-        self.call("forget_engines")
 
-    def call(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """The same call on every trainer (collectives inside need all of them)."""
-        return self.get([getattr(a, method).remote(*args) for a in self.trainers], deadline_s, method)
+    def call(self, method: str, *args: Any, deadline: Deadline | None = None) -> list[Any]:
+        """The same call on every trainer (collectives inside need all of them).
 
-    def get(self, refs: list[Any], deadline_s: float | None, what: str, *, engines: bool = False) -> list[Any]:
+        Args:
+            deadline: None: `train.deadline_s`.
+
+        Raises:
+            TrainingError: one of them hangs or died; at once, where one was found to hang before.
+        """
+        if self._hung is not None:
+            raise TrainingError(self._hung)
+        refs = [getattr(actor, method).remote(*args) for actor in self.trainers]
+        return self.get(refs, deadline or Deadline(self.config.train.deadline_s, "train.deadline_s"), method)
+
+    def get(self, refs: list[Any], deadline: Deadline | None, what: str, *, engines: bool = False) -> list[Any]:
         """Results of calls, in order.
 
         Args:
-            engines: only engines are asked. Beside the trainers they can be started again (`EngineError`); a colocated
-                one hangs or dies with its trainer, and the job must be (`TrainingError`).
+            engines: only engines are waited for. Beside the trainers they can be started again (`EngineError`); a
+                colocated one hangs with its trainer, and the job must be (`TrainingError`).
         """
-        fatal = self.fatal if engines else TrainingError
+        ends_at = time.monotonic() + deadline.seconds if deadline else None
+        results: dict[Any, Any] = {}
+        late = list(refs)
+        while late:
+            left = max(0.0, ends_at - time.monotonic()) if ends_at else None
+            done, late = ray.wait(late, timeout=left)
+            if deadline and not done:
+                raise self.hang(map(self._name, late), deadline, what, engines=engines)
+            for ref in done:
+                results[ref] = self._result(ref, what)
+        return [results[ref] for ref in refs]
+
+    def _result(self, ref: Any, what: str) -> Any:
+        """What a call that ended came to. Whatever goes wrong in an engine beside the trainers is an `EngineError`:
+        a new process may help."""
+        name = self._name(ref)
+        fatal = TrainingError if name.startswith("trainer") else EngineError
         try:
-            return list(ray.get(refs, timeout=deadline_s))
-        except GetTimeoutError:
-            raise fatal(f"{what} did not end within {deadline_s:.0f} s on every worker: it hangs") from None
+            return ray.get(ref)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, DapoError):
                 raise cause from error
-            raise
+            if fatal is TrainingError:
+                raise
+            raise EngineError(f"{what} failed on {name}: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
-            kind = EngineError if error.actor_id in self._generator_ids() else TrainingError
-            raise kind(f"a worker process died during {what}: {error}") from error
+            raise fatal(f"the worker process {name} died during {what}: {error}") from error
         except RayError as error:
-            raise fatal(f"Ray lost a result of {what}: {error}") from error
+            raise fatal(f"Ray lost a result of {what} on {name}: {error}") from error
 
-    @property
-    def fatal(self) -> type[DapoError]:
-        """What a dead or hanging engine means."""
-        return EngineError if self.generators else TrainingError
+    def _name(self, ref: Any) -> str:
+        """Of the worker that was called."""
+        actor = ref.task_id().actor_id()
+        named = [(f"trainer-{i}", a) for i, a in enumerate(self.trainers)]
+        named += [(f"generator-{i}", a) for i, a in enumerate(self.generators)]
+        return next((name for name, one in named if one._actor_id == actor), "an engine that was replaced")
+
+    def hang(self, names: Iterable[str], deadline: Deadline, what: str, *, engines: bool) -> DapoError:
+        """The error for workers that did not answer in time, to be raised. See `get`."""
+        remedy = f"; raise {deadline.key} if it only takes long" if deadline.key else ""
+        told = f"{what} did not end within {deadline.seconds:.0f} s on {', '.join(sorted(names))}: it hangs{remedy}"
+        if engines and self.generators:
+            return EngineError(told)
+        self._hung = told
+        return TrainingError(told)
 
     def close(self) -> None:
         for actor in [*self.trainers, *self.generators]:
@@ -123,14 +182,11 @@ class Workers:
         members = [self.trainers[0], *self.generators]
         rendezvous = self._rendezvous(self.trainers[0])
         joining = [actor.join.remote(rendezvous, len(members)) for actor in members]
-        self.get(joining, START_DEADLINE_S, "joining the group for weights")
+        self.get(joining, START, "joining the group for weights")
 
     def _rendezvous(self, actor: Any) -> str:
-        place: str = self.get([actor.rendezvous.remote()], START_DEADLINE_S, "starting")[0]
+        place: str = self.get([actor.rendezvous.remote()], START, "starting", engines=actor in self.generators)[0]
         return place
-
-    def _generator_ids(self) -> set[str]:
-        return {actor._actor_id.hex() for actor in self.generators}
 
 
 def _actor_options(config: RunConfig) -> dict[str, Any]:
@@ -148,119 +204,3 @@ def _actor_options(config: RunConfig) -> dict[str, Any]:
             f"join nodes with `ray start` (for NPUs Ray cannot count: --resources='{{\"NPU\": 16}}')"
         )
     return {"num_cpus": 0} | ({"num_gpus": 1} if kind == "cuda" else {"resources": {"NPU": 1}})
-
-
-class RayEngine:
-    """`Engine` over all workers: each generates for its share of the prompts."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-        self.deadline_s = workers.config.rollout.deadline_s
-
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        return collected(self.stream(prompts, params), len(prompts), params.n)
-
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
-        """See `Engine.stream`: of all replicas, in the order in which they send."""
-        tp = self.workers.config.rollout.tensor_parallel
-        engines = self.workers.engines
-        replicas = len(engines) // tp
-        ends_at = time.monotonic() + self.deadline_s
-        open_streams: dict[Any, tuple[int, bool]] = {}
-        for i, actor in enumerate(engines):
-            replica = i // tp
-            share = prompts[replica::replicas], params, begun[replica::replicas]
-            # Ranks of one tensor-parallel group write the same; the first one is heard.
-            open_streams[actor.stream.options(num_returns="streaming").remote(*share)] = replica, i % tp == 0
-        failure: DapoError | None = None
-        while open_streams:
-            ready, _ = ray.wait(list(open_streams), timeout=max(0.0, ends_at - time.monotonic()))
-            if not ready:
-                raise failure or self.workers.fatal(f"generation did not end within {self.deadline_s:.0f} s: it hangs")
-            replica, heard = open_streams[ready[0]]
-            try:
-                part = self.workers.get([next(cast(Iterator[Any], ready[0]))], None, "generation", engines=True)[0]
-            except StopIteration:
-                del open_streams[ready[0]]
-                continue
-            except EngineError as error:
-                # What the others write is kept; and they could not be restarted while they write.
-                failure = error
-                del open_streams[ready[0]]
-                continue
-            for done in part if heard else ():
-                yield done._replace(prompt=replica + replicas * done.prompt)
-        if failure is not None:
-            raise failure
-
-    def restart(self) -> None:
-        self.workers.restart_engines()
-
-    def sleep(self) -> None:
-        """Colocated engines make room for the trainer; others have their device for themselves."""
-        if not self.workers.generators:
-            self.workers.call("sleep")
-
-    def wake(self) -> bool:
-        return not self.workers.generators and any(self.workers.call("wake"))
-
-
-class RayPolicy:
-    """`Policy` over all workers. A batch travels once per step, by reference."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-        self._sent: tuple[TrainBatch, PackPlan, Any, Any] | None = None
-
-    def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return _merged(self.workers.call("logprobs", batch, plan))
-
-    def old_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return _merged(self.workers.call("old_logprobs", *self._refs(batch, plan)))
-
-    def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
-        return _merged(self.workers.call("reference_logprobs", *self._refs(batch, plan)))
-
-    def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
-        result: UpdateResult = self.workers.call("update", *self._refs(batch, plan), index)[0]
-        return result
-
-    def sync(self, version: int) -> dict[str, float]:
-        workers = self.workers
-        if not workers.generators:
-            metrics: dict[str, float] = workers.call("sync", version)[0]
-            return metrics
-        sending = [trainer.send.remote() for trainer in workers.trainers]
-        receiving = [generator.receive.remote(version) for generator in workers.generators]
-        try:
-            results = workers.get([*sending, *receiving], START_DEADLINE_S, "weight sync", engines=True)
-            sent = results[0]
-            for fingerprint in results[len(sending) :]:
-                compare_fingerprints(trainer=sent.fingerprint, engine=fingerprint)
-        except EngineError:
-            workers.call("forget_engines")
-            raise
-        return dict(sent.metrics)
-
-    def save(self, folder: Path) -> None:
-        self.workers.call("save", str(folder))
-
-    def load(self, folder: Path) -> None:
-        self.workers.call("load", str(folder))
-
-    def export(self, folder: Path) -> None:
-        self.workers.call("export", str(folder))
-
-    def written(self, *, wait: bool) -> bool:
-        return all(self.workers.call("written", wait, deadline_s=WRITE_DEADLINE_S))
-
-    def _refs(self, batch: TrainBatch, plan: PackPlan) -> tuple[Any, Any]:
-        if self._sent is None or self._sent[0] is not batch or self._sent[1] is not plan:
-            self._sent = (batch, plan, ray.put(batch), ray.put(plan))
-        return self._sent[2], self._sent[3]
-
-
-def _merged(parts: list[LogProbs]) -> LogProbs:
-    """Each worker knows its own packs' sequences and leaves the others empty."""
-    groups = zip(*(p.values for p in parts), strict=True)
-    return LogProbs(tuple(tuple(next((v for v in seq if v), ()) for seq in zip(*g, strict=True)) for g in groups))

@@ -90,8 +90,9 @@ def test_job_that_keeps_crashing_ends_with_the_count_and_the_log(ray, root):
         list(job.follow())
 
 
-def test_lasting_failure_is_not_started_again(ray, root):
-    run, config = make_run(root, "failing", STANDIN_FAIL_AT="2")
+@pytest.mark.parametrize("error", ["RewardError", "ProofError"])
+def test_lasting_failure_is_not_started_again(ray, root, error):
+    run, config = make_run(root, f"failing-{error}", STANDIN_FAIL_AT="2", STANDIN_ERROR=error)
     job = job_of(ray, run, config)
     job.start()
     with pytest.raises(TrainingError, match=r"the reward function is broken\. Log: .*job\.log"):

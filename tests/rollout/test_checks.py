@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dapo.config.run import RunConfig
-from dapo.errors import ConfigError, EngineError
+from dapo.errors import ConfigError, EngineError, ProofError
 from dapo.rollout.checks import (
     check_completion,
     check_probe,
@@ -62,7 +62,7 @@ def test_equal_fingerprints_pass_whatever_the_order_of_addition() -> None:
     ],
 )
 def test_the_first_wrong_tensor_is_named(engine: dict[str, float], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(ProofError, match=message):
         compare_fingerprints(trainer={"a": 1.0, "b": 2.0, "c": 2.0}, engine=engine)
 
 
@@ -85,7 +85,7 @@ def test_probe_says_what_the_size_of_the_gap_points_at(ours: float, cause: str |
     if cause is None:
         check_probe(gap, 1e-3, after="wake-up")
         return
-    with pytest.raises(EngineError, match=f"after weight sync to version 3.*{cause}"):
+    with pytest.raises(ProofError, match=f"after weight sync to version 3.*{cause}"):
         check_probe(gap, 1e-3, after="weight sync to version 3")
 
 

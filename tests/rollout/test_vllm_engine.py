@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dapo.data.processor import PromptProcessor
-from dapo.errors import ConfigError, EngineError
+from dapo.errors import ConfigError, EngineError, ProofError
 from dapo.rollout.checks import check_probe, compare_fingerprints, default_tolerance, probe_gap
 from dapo.types import Completion, FinishReason, Prompt
 from tests.rollout.small import (
@@ -191,7 +191,7 @@ def test_stale_image_features_are_caught(
     monkeypatch.setattr(engine.llm.llm_engine, "reset_encoder_cache", lambda: None)
     shake(trainer, 0.1, seed=1)
     engine.update_weights(trainer.named_parameters(), version=1)
-    with pytest.raises(EngineError, match="log-prob probe"):
+    with pytest.raises(ProofError, match="log-prob probe"):
         gap_between(engine, trainer, processor, prompts)
 
 
@@ -203,7 +203,7 @@ def test_stale_attention_blocks_are_caught(
     monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: None)
     shake(trainer, 0.1, seed=1)
     engine.update_weights(trainer.named_parameters(), version=1)
-    with pytest.raises(EngineError, match="log-prob probe"):
+    with pytest.raises(ProofError, match="log-prob probe"):
         gap_between(engine, trainer, processor, long)
 
 
@@ -248,7 +248,7 @@ def test_a_tensor_that_did_not_come_is_named(engine: VllmEngine, trainer: Any) -
     kept = [(name, p) for name, p in trainer.named_parameters() if "visual.merger.linear_fc1.weight" not in name]
     engine.update_weights(kept, version=1)
     sums = {name: float(p.double().abs().sum()) for name, p in trainer.named_parameters()}
-    with pytest.raises(EngineError, match=r"no tensor model\.visual\.merger\.linear_fc1\.weight"):
+    with pytest.raises(ProofError, match=r"no tensor model\.visual\.merger\.linear_fc1\.weight"):
         compare_fingerprints(trainer=sums, engine=engine.fingerprint())
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dapo.errors import CheckpointError, EngineError, RewardError
+from dapo.errors import CheckpointError, EngineError, ProofError, RewardError
 from dapo.observe.journal import read
+from dapo.rollout.checks import compare_fingerprints
 from tests.runtime.fakes import Judge, ScriptedEngine, kinds, make, without_checkpoints
 
 
@@ -110,9 +111,10 @@ def test_an_engine_that_keeps_dying_ends_the_run(tmp_path):
 
 def test_an_engine_that_computes_with_other_weights_stops_the_run_before_it_trains(tmp_path):
     controller, policy, _ = make(tmp_path, engine=ScriptedEngine(stale=True))
-    with pytest.raises(EngineError, match=r"log-prob probe after the start: .* differ by 1 nats .* other weights"):
+    with pytest.raises(ProofError, match=r"log-prob probe after the start: .* differ by 1 nats .* other weights"):
         controller.run()
     assert policy.trained == []
+    assert controller.engine.restarts == 0
 
 
 def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path):
@@ -210,25 +212,71 @@ def test_an_engine_that_slept_proves_itself_in_every_step(tmp_path):
 
 
 @pytest.mark.parametrize("devices", [0, 1])
-def test_an_engine_beside_the_trainer_that_dies_in_a_sync_is_replaced_and_gets_everything(tmp_path, devices):
+def test_an_engine_that_dies_in_a_sync_is_replaced_and_gets_everything(tmp_path, devices):
     controller, policy, folder = make(tmp_path, rollout={"devices": devices})
     sync, versions = policy.sync, []
 
-    def die_once(version):
+    def die_twice(version):
         versions.append(version)
-        if versions == [0, 1]:
+        if versions in ([0, 1], [0, 1, 1]):
             raise EngineError("an engine left the group")
         return sync(version)
 
-    policy.sync = die_once
-    if not devices:
-        with pytest.raises(EngineError, match="left the group"):
-            controller.run()
-        return
+    policy.sync = die_twice
     assert controller.run() == "finished"
-    assert versions == [0, 1, 1, 2, 3, 4]
-    assert controller.engine.restarts == 1
-    assert [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"] == ["engine_restarted"]
+    assert versions == [0, 1, 1, 1, 2, 3, 4]
+    assert controller.engine.restarts == 2
+    assert [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"] == ["engine_restarted"] * 2
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+@pytest.mark.parametrize("fail_at", [(1,), (4,), (1, 2)])  # the probe after the start, the one after step 1
+def test_an_engine_that_dies_in_a_probe_is_replaced_and_probed_again(tmp_path, devices, fail_at):
+    rollout = {"devices": devices, "probe_every": 1}
+    controller, _, folder = make(tmp_path, engine=ScriptedEngine(fail_at=fail_at), rollout=rollout)
+    assert controller.run() == "finished"
+    assert controller.engine.restarts == len(fail_at)
+    steps = [e for e in read(folder.journal) if e.kind == "step"]
+    assert all(e.data["metrics"]["engine/probe_mean"] == 0 for e in steps)
+
+
+def test_an_engine_that_dies_in_every_probe_ends_the_run(tmp_path):
+    controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=tuple(range(1, 20))))
+    with pytest.raises(EngineError, match="died"):
+        controller.run()
+    assert controller.engine.restarts == controller.config.rollout.restarts
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_engine_that_does_not_start_again_is_tried_again_within_the_budget(tmp_path, fails):
+    controller, _, _ = make(tmp_path, engine=ScriptedEngine(fail_at=(3,)))
+    restart = controller.engine.restart
+
+    def memory_is_not_free_yet():
+        restart()
+        if controller.engine.restarts <= fails:
+            raise EngineError("vLLM refuses to start")
+
+    controller.engine.restart = memory_is_not_free_yet
+    if fails < controller.config.rollout.restarts:
+        assert controller.run() == "finished"
+        assert controller.engine.restarts == fails + 1
+        return
+    with pytest.raises(EngineError, match="refuses to start"):
+        controller.run()
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_a_mismatch_stops_the_run_without_a_restart(tmp_path, devices):
+    controller, policy, _ = make(tmp_path, rollout={"devices": devices})
+
+    def lose_one(version):
+        compare_fingerprints(trainer={"a": 1.0, "b": 2.0}, engine={"a": 1.0, "b": 1.0})
+
+    policy.sync = lose_one
+    with pytest.raises(ProofError, match="weight sync: b did not arrive"):
+        controller.run()
+    assert controller.engine.restarts == 0
 
 
 def test_time_between_two_steps_is_told_with_the_later_one(tmp_path):

@@ -26,7 +26,7 @@ def test_a_worker_that_was_started_without_a_variable_says_so_before_it_loads_an
         for name in ("SET_BEFORE", "SET_TOO_LATE"):
             workers = Workers(io.validate({"device": "cpu", "ray": {"preload": {name: "1"}}}))
             try:
-                workers.get(workers.begin(Path("/no/weights")), 100, "loading")
+                workers.ready(workers.begin(Path("/no/weights")))
             except Exception as error:
                 print(type(error).__name__, str(error).splitlines()[0])
             workers.close()
