@@ -176,6 +176,7 @@ class Controller:
             "train/kl_coef": self.kl.coef,
             "groups/unfinished": len(self.generation.open),
             "outcomes/workers_replaced": self.generation.rewards.replaced,
+            "engine/restarts": self.delivery.restarts,
         }
         self.finish_step(metrics | sync | speed | state, seconds | between)
 

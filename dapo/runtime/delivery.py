@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError
-from dapo.observe.journal import Journal
+from dapo.observe.journal import Journal, read
 from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime.generation import EngineDoor
 from dapo.runtime.proof import probe
 from dapo.train.policy import Policy
 from dapo.types import Prompt, SamplingParams
 
+RESTARTED = "engine_restarted"
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 64
 
@@ -38,8 +39,10 @@ class WeightDelivery:
     ) -> None:
         self.config, self.journal, self.policy, self.engine = config, journal, policy, engine
         self.prompts, self.sampling = held_out[:PROBE_PROMPTS], sampling
+        self.restarts = sum(e.kind == "alarm" and e.data["name"] == RESTARTED for e in read(journal.path))
+        """Of the engine, since the run began: earlier attempts are counted."""
         self._proved = False
-        self._restarts: dict[int, int] = {}
+        self._of_step: dict[int, int] = {}
 
     def deliver(self, step: int, version: int) -> dict[str, float]:
         """One sync.
@@ -68,10 +71,11 @@ class WeightDelivery:
         """
         self._proved = False
         while True:
-            self._restarts = {step: self._restarts.get(step, 0) + 1}
-            if self._restarts[step] > self.config.rollout.restarts:
+            self._of_step = {step: self._of_step.get(step, 0) + 1}
+            if self._of_step[step] > self.config.rollout.restarts:
                 raise error
-            self.journal.append("alarm", step, name="engine_restarted", message=str(error))
+            self.restarts += 1
+            self.journal.append("alarm", step, name=RESTARTED, message=str(error))
             try:
                 self.engine.restart()
             except EngineError as failed:

@@ -10,8 +10,10 @@ import pytest
 from dapo.algo.groups import GroupBuffer
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.eval.results import of_groups, val_metrics
+from dapo.observe.journal import read
 from dapo.observe.metrics import reward_metrics, speed_metrics, step_metrics, update_metrics
 from tests.records import group, prompt
+from tests.runtime import fakes
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -78,11 +80,24 @@ def test_speed_counts_every_trained_token_per_device() -> None:
     assert metrics["time/ms_per_token/update"] == 50.0
 
 
+def documented() -> str:
+    """An expression for all names in docs/metrics.md."""
+    rows = re.findall(r"^\| (`[^|]+`)", DOCS.read_text(), re.MULTILINE)
+    names = {name for row in rows for name in re.findall("`([^`]+)`", row)}
+    return "|".join(re.sub("<[a-z]+>", "[^/]+", re.escape(name)) for name in names)
+
+
 def test_every_logged_name_is_documented() -> None:
-    documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.MULTILINE))
     several = group("a", [True, False], asked=prompt("a", tags=("shape:circle",)))
     logged = (
         small_step() | val_metrics(of_groups([several])) | speed_metrics([several], {"update": 1.0, "step": 1.0}, 1)
     )
-    names = "|".join(re.sub("<[a-z]+>", "[^/]+", re.escape(name)) for name in documented)
-    assert [name for name in logged if not re.fullmatch(names, name)] == []
+    assert [name for name in logged if not re.fullmatch(documented(), name)] == []
+
+
+def test_every_name_of_a_whole_run_is_documented(tmp_path: Path) -> None:
+    controller, _, folder = fakes.make(tmp_path, rollout={"probe_every": 1})
+    controller.run()
+    logged = {name for event in read(folder.journal) if event.kind == "step" for name in event.data["metrics"]}
+    assert {"engine/probe_mean", "engine/restarts", "time/sync_copy"} < logged
+    assert [name for name in logged if not re.fullmatch(documented(), name)] == []

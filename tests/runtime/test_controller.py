@@ -100,6 +100,18 @@ def test_an_engine_that_dies_is_restarted_and_the_round_redone(tmp_path):
     assert policy.trained == healthy_policy.trained
     alarms = [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"]
     assert alarms == ["engine_restarted"]
+    assert restarts(folder) == [1, 1, 1, 1]
+
+
+def restarts(folder):
+    return [e.data["metrics"]["engine/restarts"] for e in read(folder.journal) if e.kind == "step"]
+
+
+def test_restarts_are_counted_over_all_attempts(tmp_path):
+    make(tmp_path, engine=ScriptedEngine(fail_at=(3,)), train={"steps": 2})[0].run()
+    controller, _, folder = make(tmp_path, engine=ScriptedEngine(fail_at=(2,)))
+    controller.run()
+    assert restarts(folder) == [1, 1, 2, 2]
 
 
 def test_an_engine_that_keeps_dying_ends_the_run(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dapo.data.processor import PromptProcessor
-from dapo.errors import EngineError
+from dapo.errors import EngineError, ProofError
 from dapo.rollout.broadcast import Broadcast
 from dapo.rollout.checks import compare_fingerprints
 from dapo.rollout.choice import make_engine
@@ -129,7 +129,7 @@ def test_engine_and_trainer_agree_at_any_pair_of_precisions(rollout: str, comput
     with torch.no_grad():
         parameter.add_(0.5)
     sent = sync.send(damaged)
-    with pytest.raises(EngineError, match=f"{name} did not arrive"):
+    with pytest.raises(ProofError, match=f"{name} did not arrive"):
         compare_fingerprints(trainer=sent.fingerprint, engine=engine.fingerprint())
     sync.forget()
     deliver(4)
