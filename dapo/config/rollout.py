@@ -43,9 +43,9 @@ class RolloutConfig(Frozen):
     eager: bool = True
     """No graph capture."""
     deadline_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A generation round, a weight sync, a sleep or a wake-up that takes longer means a hung engine. One beside the trainer
-    (`devices`) is restarted; with a colocated one the job is. With `separate_process` an engine silent for a third of
-    it is killed and restarted."""
+    """A generation round, a weight sync, a sleep or a wake-up that takes longer means a hung engine. One beside the
+    trainer (`devices`) is restarted; with a colocated one the job is. With `separate_process` an engine silent for a
+    third of it is killed and restarted."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """Engine restarts a step may use before the run fails."""
     router_replay: bool = False

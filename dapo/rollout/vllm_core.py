@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from threading import Event, Thread
 from typing import Any
+
+import psutil
 
 from dapo.errors import EngineError
 
@@ -26,17 +28,34 @@ def child_processes() -> set[BaseProcess]:
     return set(multiprocessing.active_children())
 
 
+def _descendants(processes: Iterable[BaseProcess]) -> set[psutil.Process]:
+    found: set[psutil.Process] = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= set(psutil.Process(process.pid).children(recursive=True))
+    return found
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # also where another process has its number now
+            process.kill()
+
+
 class CoreWatch:
-    """Watches the processes of one engine from a thread.
+    """Watches the processes of one engine from a thread. None of them outlives it: a worker that is stopped or stuck
+    would keep its device's memory from the engine that is started in its place.
 
     Args:
         client: vLLM's `SyncMPClient`.
-        processes: those it started.
+        processes: those it started. With tensor parallelism each is the parent of its workers.
         answer_s: a call that takes longer than this ends with the processes.
     """
 
     def __init__(self, client: Any, processes: Sequence[BaseProcess], answer_s: float) -> None:
         self._client, self._processes, self._answer_s = client, list(processes), answer_s
+        # Now: whose parent has died cannot be found any more.
+        self._workers = _descendants(self._processes)
         self._asked: float | None = None
         self._fate: str | None = None
         self._closed = Event()
@@ -63,8 +82,13 @@ class CoreWatch:
             self._asked = None
 
     def close(self) -> None:
+        """Watch no longer; they are about to be ended in order."""
         self._closed.set()
         self._thread.join()
+
+    def end_workers(self, grace_s: float = 5.0) -> None:
+        """Kill what is left of the workers after the engine was shut down."""
+        _kill(psutil.wait_procs(self._workers, timeout=grace_s)[1])
 
     def _watch(self) -> None:
         while not self._closed.is_set():
@@ -72,6 +96,7 @@ class CoreWatch:
                 self._kill_if_late()
                 continue
             self._fate = self._fate or self._death()
+            _kill(self._workers)
             self._release()
             self._closed.wait(_LOOK_EVERY_S)  # and again: a call may have come in between
 
@@ -81,8 +106,10 @@ class CoreWatch:
             return
         pids = ", ".join(str(p.pid) for p in self._processes)
         self._fate = f"vLLM's process {pids} did not answer within {self._answer_s:.0f} s and was killed; restart it"
+        workers = self._workers | _descendants(self._processes)
         for process in self._processes:
             process.kill()
+        _kill(workers)
 
     def _death(self) -> str:
         ended = [f"{p.pid} (exit code {p.exitcode})" for p in self._processes if not p.is_alive()]

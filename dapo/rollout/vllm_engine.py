@@ -243,6 +243,8 @@ class VllmEngine:
         if self._core is not None:
             self._core.close()
         stop_vllm(self.llm, owns_process_group=self._owns_process_group)
+        if self._core is not None:
+            self._core.end_workers()
         del self.llm
 
     # workers
