@@ -98,8 +98,7 @@ def run(function: str, *, deadline_s: float = 5.0, golden: Sequence[Golden] = GO
 def _checks(pool: RewardPool, golden: Sequence[Golden]) -> list[Finding]:
     known = [(g.response, g.answer) for g in golden]
     items = [*known, *EMPTY, *HUGE, *UNICODE]
-    first = pool.score(items)
-    slowest, where = _slowest(pool, items)
+    first, slowest, where = _one_by_one(pool, items)
     with RewardPool(pool.function, workers=1, deadline_s=pool.deadline_s) as fresh:
         backwards = fresh.score(items[::-1])[::-1]
     wrong = [
@@ -149,14 +148,20 @@ def _law(
     return _finding(check, different, law)
 
 
-def _slowest(pool: RewardPool, items: Sequence[tuple[str, str]]) -> tuple[float, str]:
-    """Seconds of the slowest single check (transport included), and its response."""
-    times = []
+def _one_by_one(pool: RewardPool, items: Sequence[tuple[str, str]]) -> tuple[list[Judged], float, str]:
+    """Outcomes, and the seconds (transport included) and the response of the slowest.
+
+    For a worker that has judged nothing yet: what a reward remembers would be fast.
+    """
+    outcomes: list[Judged] = []
+    slowest, where = 0.0, ""
     for item in items:
         started = time.perf_counter()
-        pool.score([item])
-        times.append((time.perf_counter() - started, item[0]))
-    return max(times)
+        outcomes += pool.score([item])
+        seconds = time.perf_counter() - started
+        if seconds > slowest:
+            slowest, where = seconds, item[0]
+    return outcomes, slowest, where
 
 
 def _short(text: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from dapo.types import Scored
@@ -90,6 +91,22 @@ def lenient(response: str, answer: str) -> bool:
 
 def sluggish(response: str, answer: str) -> bool:
     """Wrong, and for one of the long responses too slow for half of a deadline of 0.2 s."""
+    time.sleep(0.12 if response.startswith("aaaa") else 0.0)
+    return False
+
+
+def greedy(response: str, answer: str) -> bool:
+    """Now and then takes 120 MB and gives them back at once."""
+    _calls.append(0)
+    return len(_calls) % 500 == 499 and bytearray(120 << 20)[0] == 1
+
+
+_calls: list[int] = []
+
+
+@lru_cache
+def slow_once(response: str, answer: str) -> bool:
+    """Too slow for half of a deadline of 0.2 s the first time, and quick ever after."""
     time.sleep(0.12 if response.startswith("aaaa") else 0.0)
     return False
 

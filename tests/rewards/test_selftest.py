@@ -42,8 +42,9 @@ def test_a_reward_that_raises_is_caught() -> None:
     assert "AssertionError" in findings[1].detail
 
 
-def test_a_slow_reward_is_caught() -> None:
-    findings = run("tests.rewards.samples:sluggish", deadline_s=0.2)
+@pytest.mark.parametrize("name", ["sluggish", "slow_once"])
+def test_a_slow_reward_is_caught_also_where_it_remembers(name: str) -> None:
+    findings = run(f"tests.rewards.samples:{name}", deadline_s=0.2)
     assert "time" in failed(findings)
 
 
