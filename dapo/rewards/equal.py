@@ -11,14 +11,16 @@ from typing import TypeVar
 
 from dapo.rewards import numeric
 from dapo.rewards.exact import ONE, Evaluation, Inexact, Polynomial, Ratio, Undefined
-from dapo.rewards.expression import Expr, Unreadable, marks
-from dapo.rewards.grammar import Item, Value, parse
+from dapo.rewards.expression import Unreadable
+from dapo.rewards.grammar import Item, Reading, Rounded, Value, parse
 from dapo.rewards.latex import MAX_CHARS, TEXT, tokens
-from dapo.rewards.units import conversion
+from dapo.rewards.tree import Expr, marks
+from dapo.rewards.units import conversion, fits_any
 
 _PLAIN = re.compile(r"-?[0-9]{1,40}(?:\.[0-9]{0,40})?")
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
-_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[).:]")
+_CHOICE = re.compile(r"(?:(?:option|choice|answer)(?: :)? )?(?:\( ([a-z]) \)|([a-z])(?: [).:])?)", re.IGNORECASE)
+_LABELLED = re.compile(r"(\( [A-H] \)|[A-H] [).:]) (?![+*/^=_)])")
 
 _T = TypeVar("_T")
 
@@ -51,8 +53,16 @@ def _compare(given: str, truth: str) -> bool:
     expected, found = _understood(truth), _found(given)
     if expected is None or found is None:
         return False
-    letters, value = expected
-    if _letters(found) == letters:
+    if _same(found, *expected):
+        return True
+    choice, choices = _labelled(found), _labelled(expected[0])
+    if choice and choices:
+        return choice[0] == choices[0] and _same(choice[1], choices[1], _value(choices[1]))
+    return any(_same(part, *expected) for part in choice) or any(_same(found, part, _value(part)) for part in choices)
+
+
+def _same(found: list[str], expected: list[str], value: Value | None) -> bool:
+    if _letters(found) == _letters(expected):
         return True
     answer = None if value is None else _value(found)
     return value is not None and answer is not None and _Comparison().same_value(answer, value)
@@ -61,16 +71,29 @@ def _compare(given: str, truth: str) -> bool:
 @lru_cache(maxsize=1024)
 def _understood(truth: str) -> tuple[list[str], Value | None] | None:
     found = _found(truth)
-    return None if found is None else (_letters(found), _value(found))
+    return None if found is None else (found, _value(found))
 
 
 def _found(raw: str) -> list[str] | None:
     """Tokens, without a box or the brackets of a choice round them."""
     boxed = _BOXED.fullmatch(raw)
     found = tokens(boxed[1] if boxed else raw)
-    if found and len(found) <= 3 and (choice := _CHOICE.fullmatch("".join(found))) is not None:
+    if found and len(found) <= 5 and (choice := _CHOICE.fullmatch(_spaced(found))) is not None:
         return [choice[1] or choice[2]]
     return found
+
+
+def _labelled(found: list[str]) -> tuple[list[str], list[str]] | tuple[()]:
+    """The letter and the value of ``C. 48`` and ``(C) 48``: either may have been asked for."""
+    if found[0] != "(" and not (len(found[0]) == 1 and found[0].isupper()):
+        return ()
+    label = _LABELLED.match(_spaced(found))
+    length = len(label[1].split()) if label else 0
+    return ([label[1].strip("(). :")], found[length:]) if label else ()
+
+
+def _spaced(found: list[str]) -> str:
+    return " ".join(token.strip(TEXT) for token in found)
 
 
 def _letters(found: list[str]) -> list[str]:
@@ -102,6 +125,13 @@ class _Meaning:
                 return self._evaluation.equal(scaled, self._exactly(b))
             except Inexact:
                 return numeric.close(self._closely(a), self._closely(b), scale)
+        except Undefined:
+            return False
+
+    def near(self, a: Expr, b: Expr, scale: Fraction, distance: Fraction) -> bool:
+        """Whether scale * a is within the distance of b; never for what has no value."""
+        try:
+            return numeric.close(self._closely(a), self._closely(b), scale, distance)
         except Undefined:
             return False
 
@@ -153,21 +183,38 @@ class _Comparison:
 
     def _same_element(self, a: Value, b: Value) -> bool:
         """In a list (x = 3, y = 4) the names tell which is which."""
-        if isinstance(a, Item) and isinstance(b, Item) and a.name and b.name and a.name != b.name:
-            return False
-        return self.same_value(a, b)
+        return not (a.name and b.name and a.name != b.name) and self.same_value(a, b)
 
-    def _same_item(self, a: Item, b: Item) -> bool:
-        if a.equation or b.equation:
-            left, right = a.readings[0].value, b.readings[0].value
-            return a.equation == b.equation and any(self._same_number(left, right, Fraction(s)) for s in (1, -1))
-        for x in a.readings:
-            for y in b.readings:
-                scale = conversion(x.unit, y.unit)
-                if scale is not None and self._same_number(x.value, y.value, scale):
-                    return True
-        return False
+    def _same_item(self, given: Item, truth: Item) -> bool:
+        """An equation in several unknowns can name its value (``DE + EF = 10``), but only an equation is one."""
+        if truth.equation is not None:
+            left, right = given.equation, truth.equation
+            return left is not None and any(self._same_number(left, right, Fraction(s)) for s in (1, -1))
+        return any(self._same_reading(x, y) for x in self._claims(given) for y in self._claims(truth))
+
+    def _claims(self, item: Item) -> tuple[Reading, ...]:
+        if item.rounded is not None and any(self._rounds(reading, item.rounded) for reading in item.readings):
+            return (*item.readings, item.rounded.reading)
+        return item.readings
+
+    def _rounds(self, exact: Reading, rounded: Rounded) -> bool:
+        scale = conversion(exact.unit, rounded.reading.unit)
+        return scale is not None and self._label.near(exact.value, rounded.reading.value, scale, rounded.half_step)
+
+    def _same_reading(self, a: Reading, b: Reading) -> bool:
+        scale = conversion(a.unit, b.unit)
+        if scale is None or _unlike(a, b) or _unlike(b, a):
+            return False
+        return self._same_number(a.value, b.value, scale)
 
     def _same_number(self, a: Expr, b: Expr, scale: Fraction) -> bool:
         """A mark on one side only may be a label or a measure."""
-        return (marks(a) != marks(b) and self._label.same(a, b, scale)) or self._measure.same(a, b, scale)
+        one, two = marks(a), marks(b)
+        return (one != two and not (one and two) and self._label.same(a, b, scale)) or self._measure.same(a, b, scale)
+
+
+def _unlike(a: Reading, b: Reading) -> bool:
+    """One names a unit and the other is an angle or a share: 48 cm is not 48 degrees."""
+    return (
+        a.unit is not None and b.unit is None and bool(marks(b.value)) and not marks(a.value) and not fits_any(a.unit)
+    )

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from math import isqrt
 
-from dapo.rewards.expression import Call, Expr, Num, Power, Product, Sum, Sym
+from dapo.rewards.tree import Call, Expr, Num, Power, Product, Sum, Sym
 
 Monomial = frozenset[tuple[int | str, Fraction]]
 """Primes with exponents in (0, 1), names with any exponent but 0."""

@@ -2,8 +2,9 @@
 
     sum       = term { ("+" | "-") term }
     term      = power { ["*" | "/"] power }                    a missing sign multiplies
-    power     = { "-" } atom [ "^" power ] { "deg" | "%" }
+    power     = { "-" } atom [ "^" power ] { "deg" | "%" }      a mark said twice is said once
     atom      = number | number \\frac{number}{number} | letter | "(" sum ")" | \\frac arg arg | \\sqrt[n] arg | sin ...
+                | number \\overline{digits} | "{" sum \\over sum "}"
 
 A recursive-descent parser with one token of lookahead; what it does not know is `Unreadable`, never guessed at.
 """
@@ -11,14 +12,16 @@ A recursive-descent parser with one token of lookahead; what it does not know is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NoReturn
 
 from dapo.rewards.latex import MULTIPLIERS, OPENING
+from dapo.rewards.tree import Call, Expr, Num, Power, Product, Sum, Sym, negated
 
 MAX_DEPTH = 24
 """Brackets, roots and exponents inside each other."""
+MAX_PERIOD = 40
+"""Digits under the line of a repeating decimal."""
 MAX_SCALE = 64
 """Largest decimal exponent in ``1.5e3``."""
 
@@ -27,48 +30,7 @@ class Unreadable(ValueError):
     """The text is outside the grammar or its limits; it can still be compared letter by letter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Num:
-    value: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class Sym:
-    """A variable, or one of the constants ``pi``, ``deg`` and ``%``."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    terms: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    factors: tuple[Expr, ...]
-    divisors: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Power:
-    base: Expr
-    exponent: Expr
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """``sin``, ``cos`` or ``tan`` of an angle in radians."""
-
-    function: str
-    argument: Expr
-
-
-Expr = Num | Sym | Sum | Product | Power | Call
-
-
-_MINUS_ONE = Num(Fraction(-1))
-_FUNCTIONS = {"sin", "cos", "tan"}
+FUNCTIONS = frozenset({"sin", "cos", "tan"})
 VARIABLES = {
     "\\alpha", "\\beta", "\\gamma", "\\delta", "\\epsilon", "\\varepsilon", "\\zeta", "\\eta", "\\theta", "\\kappa",
     "\\lambda", "\\mu", "\\nu", "\\xi", "\\rho", "\\sigma", "\\tau", "\\phi", "\\varphi", "\\chi", "\\psi", "\\omega",
@@ -87,28 +49,6 @@ def parse_expression(tokens: Sequence[str]) -> Expr:
     if parser.position < len(parser.tokens):
         parser.refuse()
     return value
-
-
-def negated(value: Expr) -> Expr:
-    """-value."""
-    return Num(-value.value) if isinstance(value, Num) else Product((_MINUS_ONE, value), ())
-
-
-def marks(expression: Expr) -> frozenset[str]:
-    """Which of the marks ``deg`` and ``%`` are in it."""
-    match expression:
-        case Sym("deg" | "%" as mark):
-            return frozenset((mark,))
-        case Num() | Sym():
-            return frozenset()
-        case Sum(terms):
-            return frozenset().union(*map(marks, terms))
-        case Product(factors, divisors):
-            return frozenset().union(*map(marks, factors), *map(marks, divisors))
-        case Power(base, exponent):
-            return marks(base) | marks(exponent)
-        case Call(_, argument):
-            return marks(argument)
 
 
 def _ends(factor: Expr) -> bool:
@@ -151,7 +91,8 @@ class _Parser:
             self.position += 1
             term = self.term()
             terms.append(term if sign == "+" else negated(term))
-        return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+        value = terms[0] if len(terms) == 1 else Sum(tuple(terms))
+        return Product((value,), (self.nested(self.sum),)) if self.accept("\\over") else value
 
     def term(self) -> Expr:
         first = self.power()
@@ -173,13 +114,14 @@ class _Parser:
     def may_multiply(self, token: str) -> bool:
         """Whether this begins a factor without a sign before it; a number does not: ``4 8`` is not 32."""
         return token in ("(", "[", "{", "\\frac", "\\sqrt", "\\pi") or (
-            bool(token) and (token in VARIABLES or token[0].isalpha() or (token[1:] in _FUNCTIONS and token[0] == "\\"))
+            bool(token) and (token in VARIABLES or token[0].isalpha() or (token[1:] in FUNCTIONS and token[0] == "\\"))
         )
 
     def power(self) -> Expr:
         value = self.signed()
         while (mark := self.peek()) in ("\\deg", "%"):
-            self.position += 1
+            while self.accept(mark):
+                pass
             value = Product((value, Sym(mark.removeprefix("\\"))), ())
         return value
 
@@ -223,7 +165,7 @@ class _Parser:
         if token in MULTIPLIERS:
             return Num(Fraction(MULTIPLIERS[token]))
         name = token.removeprefix("\\")
-        if name in _FUNCTIONS:
+        if name in FUNCTIONS:
             return Call(name, self.nested(self.angle))
         if token in VARIABLES or (token[0].isalpha() and len(token) == 1):
             return Sym(token + self.index())
@@ -248,7 +190,7 @@ class _Parser:
     def angle(self) -> Expr:
         """What a function without brackets applies to: factors up to a sign or the next function."""
         factors = [self.power()]
-        while self.may_multiply(token := self.peek()) and token.removeprefix("\\") not in _FUNCTIONS:
+        while self.may_multiply(token := self.peek()) and token.removeprefix("\\") not in FUNCTIONS:
             factors.append(self.power())
         return factors[0] if len(factors) == 1 else Product(tuple(factors), ())
 
@@ -268,6 +210,8 @@ class _Parser:
     def mixed(self, token: str) -> Expr:
         """A number, or a whole number and a proper fraction behind it."""
         whole = _number(token)
+        if "." in token and self.peek() in ("\\overline", "\\bar", "\\dot"):
+            return Num(whole + self.period(token))
         rest = self.tokens[self.position : self.position + 7]
         numerator = denominator = ""
         if len(rest) >= 3 and rest[0].isdigit() and rest[1] == "/" and rest[2].isdigit():
@@ -280,6 +224,18 @@ class _Parser:
             self.position += used
             return Num(whole + Fraction(int(numerator), int(denominator)))
         return Num(whole)
+
+    def period(self, token: str) -> Fraction:
+        """What the repeating digits behind a decimal add to it."""
+        self.position += 1
+        group = self.accept("{")
+        digits = self.peek()
+        if not digits.isdigit() or len(digits) > (MAX_PERIOD if group else 1) or "e" in token.lower():
+            self.refuse()
+        self.position += 1
+        if group and not self.accept("}"):
+            self.refuse()
+        return Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(token.partition(".")[2]))
 
 
 def _number(token: str) -> Fraction:

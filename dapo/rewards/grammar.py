@@ -1,20 +1,27 @@
 """The grammar of an answer: one value with its unit and name, or a list, tuple, set or interval of them.
 
-answer    = item { "," item } | "(" item "," ... ")" | "{" item ... "}"        (also "or", "and", ";")
-item      = [ name "=" ] expression [ unit ]  |  expression "=" expression
+answer    = equation { "," equation }                                           (also "or", "and", ";")
+equation  = value  |  name "=" value  |  side { "=" side } [ "\\approx" number ]
+value     = "(" answer "," ... ")"  |  "{" answer ... "}"  |  expression [ unit ]
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
-from dapo.rewards.expression import VARIABLES, Expr, Product, Sum, Unreadable, negated, parse_expression
+from dapo.rewards.expression import Unreadable, parse_expression
 from dapo.rewards.latex import OPENING, TEXT, closing
+from dapo.rewards.names import is_name, is_quantity, unknowns
+from dapo.rewards.tree import Expr, Num, Product, Sum, Sym, negated
 from dapo.rewards.units import Unit, label, read_unit
 
 MAX_ITEMS = 20
 """Elements of a list, tuple or set."""
+
+_DECIMAL = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 
 
 class Reading(NamedTuple):
@@ -24,25 +31,32 @@ class Reading(NamedTuple):
     unit: Unit | None
 
 
+class Rounded(NamedTuple):
+    """What stands behind ``\\approx``; it counts if it is the value, rounded."""
+
+    reading: Reading
+    half_step: Fraction
+    """Half a unit of its last digit."""
+
+
 class Item(NamedTuple):
     readings: tuple[Reading, ...]
-    """More than one where a last letter may be a unit or a variable (``12 m``)."""
+    """More than one where a last letter may be a unit or a variable (``12 m``); none in an unsolved equation."""
     name: tuple[str, ...] = ()
-    equation: bool = False
-    """The value is the difference of the two sides."""
+    equation: Expr | None = None
+    """The difference of the two sides, if names are left in them (``2x + 3y = 7``)."""
+    rounded: Rounded | None = None
 
 
 class Many(NamedTuple):
     opening: str
-    """``(`` or ``[`` for ordered coordinates and intervals, empty for lists and sets."""
+    """``(`` or ``[`` for ordered coordinates and intervals, ``:`` for ratios, empty for lists and sets."""
     closing: str
     elements: tuple[Value, ...]
+    name: tuple[str, ...] = ()
 
 
 Value = Item | Many
-
-_NAMING = VARIABLES | {"\\angle", "\\triangle", "\\overline", "\\measuredangle", "\\widehat", "\\deg", "\\odot", "\\pi"}
-_DECORATION = {"{", "}", "_", "(", ")", "'", "\\{", "\\}"}
 
 
 def parse(tokens: Sequence[str]) -> Value:
@@ -57,6 +71,84 @@ def parse(tokens: Sequence[str]) -> Value:
     parts = _split(tokens, ",")
     if len(parts) > 1:
         return Many("", "", tuple(parse(part) for part in parts))
+    if "=" in tokens or "\\approx" in tokens:
+        return _equation([_split(part, "=") for part in _split(tokens, "\\approx")])
+    return _value(tokens)
+
+
+def _equation(parts: Sequence[Sequence[Sequence[str]]]) -> Value:
+    """Sides joined by equals signs, in parts joined by approximate ones.
+
+    The last side counts, so that nobody can claim two values. An equation in one unknown that is not by itself on its
+    side (``2x = 48``) claims none: its solution is another number.
+    """
+    sides = [side for part in parts for side in part if side]
+    if len(sides) < 2:
+        return _value(sides[0] if sides else ())
+    names = [side for side in sides if _is_name(side)]
+    formulas = [side for side in sides if side not in names] or sides[-1:]
+    if not all(map(is_quantity, formulas[:-1])):
+        raise Unreadable("a side that is no formula")
+    counts = [len(unknowns(side)) for side in formulas]
+    solved = bool(names) or all(counts) or (counts[-1] == 0 and 1 not in counts)
+    exact = [side for side in parts[0] if side in formulas] if len(parts) > 1 else []
+    rounded = _rounded(formulas[-1]) if exact else None
+    value: Value
+    if not solved:
+        value = Item(())
+    elif exact and rounded is None:
+        value = _value(exact[-1])
+    elif rounded is not None and not unknowns(exact[-1]):
+        try:
+            value = Item(_readings(exact[-1]), rounded=rounded)
+        except Unreadable:
+            value = Item((rounded.reading,))
+    else:
+        value = _value(formulas[-1])
+    if names:
+        return value._replace(name=tuple(names[0]))
+    if any(counts) and len(sides) == 2 and not exact and isinstance(value, Item):
+        return value._replace(equation=_difference(*sides))
+    return value
+
+
+def _difference(left: Sequence[str], right: Sequence[str]) -> Expr | None:
+    try:
+        return Sum((_expression(left), negated(_expression(right))))
+    except Unreadable:
+        return None
+
+
+def _is_name(side: Sequence[str]) -> bool:
+    """Also ``(x, y)``, in alphabetical order: ``(y, x) = (3, 4)`` is the point (4, 3)."""
+    if side[0] == "(" and "," in side and closing(side) == len(side) - 1:
+        parts = _split(side[1:-1], ",")
+        order = ["".join(part).replace("\\", "").lower() for part in parts]
+        return all(map(is_name, parts)) and order == sorted(order)
+    return is_name(side)
+
+
+def _rounded(side: Sequence[str]) -> Rounded | None:
+    """A decimal number with its unit; None for anything else."""
+    number = side[side[0] == "-"] if len(side) > (side[0] == "-") else ""
+    if not _DECIMAL.fullmatch(number):
+        return None
+    try:
+        reading = _readings(side)[0]
+    except Unreadable:
+        return None
+    match reading.value:
+        case Num() | Product((Num(), Sym("deg" | "%")), ()):
+            return Rounded(reading, Fraction(1, 2 * 10 ** len(number.partition(".")[2])))
+    return None
+
+
+def _value(tokens: Sequence[str]) -> Value:
+    inside = tokens
+    while len(inside) > 1 and inside[0] == "{" and closing(inside) == len(inside) - 1:
+        inside = inside[1:-1]
+    if inside is not tokens:
+        return parse(inside)
     if tokens and tokens[0] in ("(", "[", "\\{") and closing(tokens) == len(tokens) - 1:
         inner = tokens[1:-1]
         if len(elements := _split(inner, ",")) > 1:
@@ -64,10 +156,20 @@ def parse(tokens: Sequence[str]) -> Value:
             return Many(*ends, tuple(parse(element) for element in elements))
         if tokens[0] == "\\{":
             return parse(inner)
-    ratio = _split(tokens, ":")
-    if len(ratio) > 2:
-        return Many(":", ":", tuple(parse(part) for part in ratio))
-    return _item(tokens)
+    if len(ratio := _split(tokens, ":")) > 2:
+        return _ratio(ratio)
+    if len(tokens) == 1 and tokens[0].isalpha() and len(tokens[0]) > 1:
+        raise Unreadable("a word is compared as a word")
+    return Item(_readings(tokens))
+
+
+def _ratio(parts: Sequence[Sequence[str]]) -> Many:
+    """``2:4:6`` as what it says: the second is twice the first, the third three times."""
+    items = [_readings(part)[0] for part in parts]
+    if any(item.unit for item in items):
+        return Many(":", ":", tuple(Item((item,)) for item in items))
+    first = items[0].value
+    return Many(":", ":", tuple(Item((Reading(Product((item.value,), (first,)), None),)) for item in items[1:]))
 
 
 def _split(tokens: Sequence[str], separator: str) -> list[Sequence[str]]:
@@ -89,50 +191,23 @@ def _split(tokens: Sequence[str], separator: str) -> list[Sequence[str]]:
     return parts
 
 
-def _item(tokens: Sequence[str]) -> Item:
-    if len(tokens) == 1 and tokens[0].isalpha() and len(tokens[0]) > 1:
-        raise Unreadable("a word is compared as a word")
-    if "=" not in tokens:
-        return Item(_readings(tokens))
-    sides = [side for side in _split(tokens, "=") if side]
-    if not sides:
-        raise Unreadable("an equation of nothing")
-    if len(sides) == 1:
-        return Item(_readings(sides[0]))
-    first, last = sides[0], sides[-1]
-    if _is_name(first):
-        return Item(_readings(last), tuple(first))
-    if len(sides) == 2 and _is_name(last):
-        return Item(_readings(first), tuple(last))
-    if len(sides) == 2:
-        difference = Sum((_expression(first), negated(_expression(last))))
-        return Item((Reading(difference, None),), equation=True)
-    return Item(_readings(last))
-
-
-def _is_name(tokens: Sequence[str]) -> bool:
-    """``x``, ``AB``, ``x_1``, ``\\angle ABC``, ``f(x)``, ``\\text{Area}``: what an equation calls its value."""
-    if len(tokens) > 10:
-        return False
-    for position, token in enumerate(tokens):
-        indexed = position and (tokens[position - 1] == "_" or tokens[position - 2 : position] == ["_", "{"])
-        if not (token[0].isalpha() or token[0] == TEXT or token in _NAMING or token in _DECORATION or indexed):
-            return False
-    return True
-
-
 def _readings(tokens: Sequence[str]) -> tuple[Reading, ...]:
     """The whole as an expression, or an expression and the unit behind it."""
     for start in range(1, len(tokens)):
-        token = tokens[start]
-        if not (token[0].isalpha() or token[0] == TEXT) or tokens[start - 1] in ("^", "_", "+", "-", "*", "/"):
+        token, before = tokens[start], tokens[start - 1]
+        if not (token[0].isalpha() or token[0] == TEXT or (token == "{" and before[0].isdigit())):
+            continue
+        if before in ("^", "_", "+", "-", "*", "/"):
             continue
         unit = read_unit(tokens[start:])
         if unit is None and token[0] == TEXT and start == len(tokens) - 1:
             unit = label(token.strip(TEXT))
-        if unit is None:
+        if unit is None or closing(("(", *tokens[:start], ")")) != start + 1:
             continue
-        value = _expression(tokens[:start])
+        try:
+            value = _expression(tokens[:start])
+        except Unreadable:
+            continue
         if len(token) > 1:
             return (Reading(value, unit),)
         whole = Reading(_expression(tokens), None)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from dapo.rewards.exact import MAX_EXPONENT, Undefined
-from dapo.rewards.expression import Call, Expr, Num, Power, Product, Sum, Sym
+from dapo.rewards.tree import Call, Expr, Num, Power, Product, Sum, Sym
 
 DIGITS = 100
 """Significant decimal digits carried."""
@@ -49,11 +49,11 @@ def value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:
             raise Undefined(f"no value: {error!r}") from None
 
 
-def close(a: Decimal, b: Decimal, scale: Fraction) -> bool:
-    """Whether scale * a and b agree to the tolerance."""
+def close(a: Decimal, b: Decimal, scale: Fraction, distance: Fraction = Fraction(0)) -> bool:
+    """Whether scale * a and b agree to the tolerance, or are no further apart than `distance`."""
     with precision():
         a *= _decimal(scale)
-        return abs(a - b) <= TOLERANCE * max(abs(a), abs(b), Decimal(1))
+        return abs(a - b) <= _decimal(distance) + TOLERANCE * max(abs(a), abs(b), Decimal(1))
 
 
 def _value(expression: Expr, constants: Mapping[str, Decimal]) -> Decimal:

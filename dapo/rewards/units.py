@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -42,6 +42,8 @@ _BASE = (
     ("s", "604800", "week weeks"),
     ("month", "1", "month months"),
     ("month", "12", "year years yr yrs"),
+    ("celsius", "1", "celsius"),
+    ("fahrenheit", "1", "fahrenheit"),
     ("dollar", "1", "dollar dollars"),
     ("dollar", "1/100", "cent cents"),
     (ANY, "1", "unit units"),
@@ -51,10 +53,25 @@ _COUNTED = (
     "way point digit integer edge vertex vertices side student people person ticket multiple meal apple cube square "
     "triangle line term"
 )
+_ABOUT_THE_NUMBER = (
+    "no not nor never neither cannot without except is are was were be isn wrong incorrect false invalid impossible "
+    "untrue opposite negative but if unless plus minus times more less than over under above below too half twice "
+    "double triple squared cubed 不 非 错 没 無 无 未 勿 否 误 半 倍 负"
+)
+_DENIALS = frozenset(_ABOUT_THE_NUMBER.split())
 
 
-def label(words: str) -> Unit:
+def only_names(words: Iterable[str]) -> bool:
+    """Whether prose beside a number says what it is (area, apples), and nothing about the number (not, half, wrong)."""
+    return not any(word.lower() in _DENIALS for word in words)
+
+
+def label(words: str) -> Unit | None:
     """Prose behind a number (``12 \\text{ apples}``) names what is counted: it must only not contradict."""
+    return _counted(words) if only_names(words.split()) else None
+
+
+def _counted(words: str) -> Unit:
     return Unit(((words.lower(), 1),), Fraction(1))
 
 
@@ -66,7 +83,7 @@ def _table() -> dict[str, Unit]:
     for word, size in _VOLUME.items():
         table[word] = Unit((("m", 3),), Fraction(size))
     for word in _COUNTED.split():
-        table[word] = table[word + "s"] = label(word)
+        table[word] = table[word + "s"] = _counted(word)
     table["mph"] = Unit((("m", 1), ("s", -1)), Fraction(201168, 125) / 3600)
     return table
 
@@ -121,13 +138,13 @@ def _times(unit: Unit, other: Unit, power: int) -> Unit:
 
 def conversion(a: Unit | None, b: Unit | None) -> Fraction | None:
     """What to multiply a value in `a` by to get it in `b`; 1 where one of them names no unit; None: they disagree."""
-    if a is None or b is None or _fits_any(a, b) or _fits_any(b, a):
+    if a is None or b is None:
         return Fraction(1)
+    if (fits_any(a) or fits_any(b)) and len(a.dimensions) == 1 == len(b.dimensions):
+        return Fraction(1) if a.dimensions[0][1] == b.dimensions[0][1] else None
     return a.factor / b.factor if a.dimensions == b.dimensions else None
 
 
-def _fits_any(loose: Unit, other: Unit) -> bool:
-    return len(loose.dimensions) == 1 == len(other.dimensions) and loose.dimensions[0] == (
-        ANY,
-        other.dimensions[0][1],
-    )
+def fits_any(unit: Unit) -> bool:
+    """Whether it is "units", which says the power only."""
+    return len(unit.dimensions) == 1 and unit.dimensions[0][0] == ANY

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import re
+import subprocess
+import sys
 import time
 from random import Random
 
@@ -70,13 +72,14 @@ def test_equality_is_reflexive_and_symmetric(seed: int) -> None:
     random = Random(seed)
     one, two = inputs.answer(random), inputs.answer(random)
     assert equivalent(one, one) is (one.strip() != "")
-    assert equivalent(one, two) is equivalent(two, one)
+    # An equation in several unknowns names a value (DE + EF = 10), but no value is an equation.
+    if not set("=≈∈是于").intersection(one + two) and not re.search(r"\\(?:in|approx)(?![a-z])", one + two):
+        assert equivalent(one, two) is equivalent(two, one)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_hundred_thousand_responses_are_judged_quickly_and_in_little_memory() -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def test_two_hundred_thousand_responses_are_judged_quickly() -> None:
     judged = 0
 
     @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -90,4 +93,21 @@ def test_two_hundred_thousand_responses_are_judged_quickly_and_in_little_memory(
 
     judge_a_hundred()
     assert judged >= 200_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB
+
+
+def grown(seconds: float, grader: str) -> int:
+    command = [sys.executable, "-m", "tests.rewards.growth", str(seconds), grader]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def test_judging_takes_little_memory() -> None:
+    assert grown(1.0, "dapo.rewards.geometry3k:grade") < MAX_GROWTH_KIB
+
+
+def test_a_grader_that_takes_much_memory_for_a_moment_is_seen() -> None:
+    assert grown(0.3, "tests.rewards.samples:greedy") > MAX_GROWTH_KIB
+
+
+@pytest.mark.slow
+def test_judging_for_longer_takes_little_memory() -> None:
+    assert grown(30.0, "dapo.rewards.geometry3k:grade") < MAX_GROWTH_KIB

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dapo.rewards import exact, numeric
 from dapo.rewards.equal import equivalent
-from dapo.rewards.expression import MAX_DEPTH, Call, Expr, Num, Power, Product, Sum, Sym, Unreadable, parse_expression
+from dapo.rewards.expression import MAX_DEPTH, Unreadable, parse_expression
 from dapo.rewards.latex import tokens
+from dapo.rewards.tree import Call, Expr, Num, Power, Product, Sum, Sym
 
 INTEGERS = st.integers(-999, 999)
 RATIONALS = st.fractions(-99, 99, max_denominator=99)
