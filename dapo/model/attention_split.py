@@ -65,8 +65,9 @@ class _SharedPrefix(torch.autograd.Function):
             of_prompt, lse_prompt = kernel.forward(q[p:], k[:p], v[:p], layout.responses_to_prompts, scale)
             of_self, lse_self = kernel.forward(q[p:], k[p:], v[p:], layout.within_responses, scale)
             joined = torch.logaddexp(lse_prompt, lse_self)
-            share = (lse_prompt - joined).exp_()[..., None].to(q.dtype)
-            out = torch.cat([out, torch.lerp(of_self, of_prompt, share)])
+            share = (lse_prompt - joined).exp_()[..., None]
+            both = torch.lerp(of_self.to(share.dtype), of_prompt.to(share.dtype), share)
+            out = torch.cat([out, both.to(q.dtype)])
             lse = torch.cat([lse, joined])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel

@@ -1,4 +1,4 @@
-"""Matrix products on CPU through oneDNN, which uses the vector units that torch's default library leaves idle.
+"""Matrix products as fast as the device allows: on CPU through oneDNN, whose vector units torch's default leaves idle.
 
 `torch.set_float32_matmul_precision("medium")` would do the same for everything, but slows the flash attention kernel,
 and on CPUs with AMX it would round to bfloat16. Only linear layers are routed here, and they stay true float32.
@@ -44,6 +44,21 @@ class OneDnnLinear(nn.Linear):
         return out.view(*input.shape[:-1], -1)
 
 
+class PatchProjection(nn.Conv3d):
+    """A convolution whose stride is its kernel, as the matrix product that it is; the same parameters.
+
+    As a convolution in bfloat16 it is many times slower on some GPUs (pytorch#174051) and NPUs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[patches, channels, time, height, width] of whole patches to [patches, features]."""
+        rows, weight = input.flatten(1), self.weight.flatten(1)
+        if not uses_onednn(rows):
+            return functional.linear(rows, weight, self.bias)
+        out: Tensor = _Linear.apply(rows, weight, self.bias)
+        return out
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,11 +76,21 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db
 
 
-def route_linear_layers(model: nn.Module) -> None:
-    """Replace the linear layers of a model by `OneDnnLinear`; parameters, names and state_dict stay the same."""
+def route_products(model: nn.Module, device: torch.device) -> None:
+    """Replace patch projections by `PatchProjection` and, on CPU, linear layers by `OneDnnLinear`.
+
+    Parameters, names and state_dict stay the same.
+    """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            routed: nn.Linear | nn.Conv3d
+            if type(child) is nn.Conv3d and child.kernel_size == child.stride:
+                time, height, width = child.kernel_size
+                shape = child.in_channels, child.out_channels, (time, height, width)
+                routed = PatchProjection(*shape, bias=child.bias is not None, device="meta")
+            elif type(child) is nn.Linear and device.type == "cpu":
                 routed = OneDnnLinear(child.in_features, child.out_features, child.bias is not None, device="meta")
-                routed.weight, routed.bias = child.weight, child.bias
-                setattr(parent, name, routed)
+            else:
+                continue
+            routed.weight, routed.bias = child.weight, child.bias
+            setattr(parent, name, routed)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from dapo.errors import WeightsError
 from dapo.model.attention import ATTENTION, VISION_ATTENTION
 from dapo.model.experts import EXPERTS
-from dapo.model.linear import route_linear_layers
+from dapo.model.linear import route_products
 
 _AUTO = {
     "qwen3_vl": AutoModelForImageTextToText,
@@ -64,8 +64,7 @@ def load_model(
         model.set_experts_implementation(EXPERTS[device.type])
     if hasattr(model.model, "visual"):
         model.model.visual.config._attn_implementation = VISION_ATTENTION
-    if device.type == "cpu":
-        route_linear_layers(model)
+    route_products(model, device)
     if shard is not None:
         shard(model)
     files = WeightFiles(folder)

@@ -1,7 +1,8 @@
 """Log-probabilities and entropy of given tokens from hidden states, without ever holding all logits.
 
 Logits are made in tiles of tokens times vocabulary and thrown away; the backward pass makes them again. What stays
-alive is a few numbers per token. Softmax and sums are float32 (float64 for float64 input) whatever the model's dtype.
+alive is a few numbers per token. Softmax and sums are float32 (float64 for float64 input) whatever the model's dtype;
+the products of a bfloat16 model reach them unrounded on CUDA, and rounded to bfloat16 elsewhere.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch.nn import functional
 
 from dapo.model.linear import product, rounded_rows
 
-TILE = 2**22
-"""Logits alive at a time: 16 MiB in float32."""
+CPU_TILE = 2**22, 64
+"""Logits alive at a time (16 MiB in float32), and the fewest tokens beside each other."""
+ACCELERATOR_TILE = 2**26, 1024
+"""256 MiB: each block of tokens reads and writes the gradient of the whole output matrix, so blocks must be few."""
 _MASKED = -1e30
 """A banned logit: finite, so that 0 * log 0 is 0 and not NaN; its probability is exactly 0."""
 
@@ -28,7 +31,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     banned: Tensor | None = None,
-    tile: int = TILE,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each target under softmax(hidden @ weight.T / temperature) over the ids that are not banned.
 
@@ -38,6 +41,7 @@ def token_logprobs(
         targets: [N] int64; none of them banned.
         temperature: of the sampling; above 0.
         banned: [V] bool, or None.
+        tile: logits alive at a time, and at least so many rows of them; None: what suits the device.
 
     Returns:
         Log-probabilities and entropies [N], nats, float32 or wider, both with gradient.
@@ -46,6 +50,7 @@ def token_logprobs(
     missing = rounded_rows(tokens, hidden) - tokens
     if missing:
         hidden, targets = functional.pad(hidden, (0, 0, 0, missing)), functional.pad(targets, (0, missing))
+    tile = tile or (CPU_TILE if hidden.device.type == "cpu" else ACCELERATOR_TILE)
     logprobs, entropy = _TokenLogProbs.apply(hidden, weight, targets, temperature, banned, tile)
     # No views: FSDP puts its backward hooks on what leaves the network.
     return (logprobs[:tokens].clone(), entropy[:tokens].clone()) if missing else (logprobs, entropy)
@@ -60,7 +65,7 @@ class _TokenLogProbs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         banned: Tensor | None,
-        tile: int,
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -132,7 +137,10 @@ class _TokenLogProbs(torch.autograd.Function):
 def _logits(
     rows: Tensor, weight: Tensor, columns: slice, temperature: float, banned: Tensor | None, wide: torch.dtype
 ) -> Tensor:
-    z = product(rows, weight[columns]).to(wide)
+    if rows.is_cuda and rows.dtype != wide:
+        z = torch.mm(rows, weight[columns].T, out_dtype=wide)  # not rounded on the way out
+    else:
+        z = product(rows, weight[columns]).to(wide)
     if temperature != 1.0:
         z = z.div_(temperature)
     return z if banned is None else z.masked_fill_(banned[columns], _MASKED)
@@ -144,13 +152,13 @@ def _locate(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return torch.where(here, targets - columns.start, 0), here
 
 
-def _column_chunk(vocabulary: int, tile: int) -> int:
-    """At least 64 tokens fit beside each other in a tile."""
-    return max(1, min(vocabulary, tile // 64))
+def _column_chunk(vocabulary: int, tile: tuple[int, int]) -> int:
+    size, rows = tile
+    return max(1, min(vocabulary, size // rows))
 
 
-def _row_chunk(tokens: int, vocabulary: int, tile: int) -> int:
-    return max(1, min(tokens, tile // _column_chunk(vocabulary, tile)))
+def _row_chunk(tokens: int, vocabulary: int, tile: tuple[int, int]) -> int:
+    return max(1, min(tokens, tile[0] // _column_chunk(vocabulary, tile)))
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:

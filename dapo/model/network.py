@@ -14,7 +14,7 @@ from dapo.model.experts import RouterReplay
 from dapo.model.layout import PackLayout
 from dapo.model.logprobs import token_logprobs
 from dapo.model.ulysses import SequenceGroup, SequenceSlice, join_values
-from dapo.model.vision import VisionInputs, vision_features
+from dapo.model.vision import DeepStack, VisionInputs, vision_features
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Network(nn.Module):
         self.model = model
         self.temperature = temperature
         self.banned = banned
+        self._deepstack = None if self.visual is None else DeepStack(self.visual, self.text)
 
     @property
     def text(self) -> nn.Module:
@@ -108,17 +109,17 @@ class Network(nn.Module):
         text: Any = self.text
         embeddings = text.embed_tokens(pack.token_ids[None])
         extra: dict[str, Any] = {}
+        if self._deepstack is not None:
+            self._deepstack.clear()
         if pack.vision is not None:
-            assert self.visual is not None, "a text-only model was given images"
+            assert self.visual is not None and self._deepstack is not None, "a text-only model was given images"  # noqa: PT018
             features, deepstack = vision_features(self.visual, pack.vision)
             if pack.part is not None:
                 features = features.index_select(0, pack.part.feature_rows)
                 deepstack = [layer.index_select(0, pack.part.feature_rows) for layer in deepstack]
             if len(pack.image_index):
                 embeddings = embeddings.index_copy(1, pack.image_index, features[None].to(embeddings.dtype))
-                mask = torch.zeros(len(pack.token_ids), dtype=torch.bool, device=embeddings.device)
-                extra["visual_pos_masks"] = mask.index_fill_(0, pack.image_index, True)[None]
-                extra["deepstack_visual_embeds"] = deepstack
+                self._deepstack.place(pack.image_index, deepstack)
             else:
                 # Also where no image falls on this rank's tokens: its backward pass has collectives, too.
                 nothing = torch.stack([x.sum() for x in (features, *deepstack)]).sum() * 0.0

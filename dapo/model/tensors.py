@@ -67,8 +67,8 @@ def absolute_sum(tensor: Tensor) -> float:
     if flat.device.type == "cpu":
         return float(sum(chunk.abs().to(torch.float64).sum() for chunk in flat.split(_CHUNK)))
     rows = len(flat) // 1024
-    sums = flat[: rows * 1024].view(rows, 1024).abs().sum(1, dtype=torch.float32).to("cpu", torch.float64).sum()
-    return float(sums + flat[rows * 1024 :].to("cpu", torch.float64).abs().sum())
+    sums = flat[: rows * 1024].view(rows, 1024).abs().sum(1, dtype=torch.float32).cpu().double().sum()
+    return float(sums + flat[rows * 1024 :].cpu().double().abs().sum())
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ transformers' tower would read lengths back from the device for each image; give
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -67,6 +68,32 @@ def vision_features(visual: nn.Module, images: VisionInputs) -> tuple[Tensor, li
     """Image features for the text's input [F, H], and those added behind its first layers (DeepStack)."""
     out = visual(images.pixels, grid_thw=images.grids, return_dict=True, pack_layout=images.layout, **images.tables)
     return out.pooler_output, list(out.deepstack_features)
+
+
+class DeepStack:
+    """Adds image features behind the first text layers, by position.
+
+    transformers adds them where a mask is true, which makes the host wait for the device twice in each of these layers.
+    """
+
+    def __init__(self, visual: nn.Module, text: nn.Module) -> None:
+        config, layers = getattr(visual, "config"), getattr(text, "layers")  # noqa: B009 - of any module, says mypy
+        self._index: Tensor | None = None
+        self._features: Sequence[Tensor] = ()
+        for number, layer in enumerate(layers[: len(config.deepstack_visual_indexes)]):
+            layer.register_forward_hook(partial(self._add, number))
+
+    def place(self, index: Tensor, features: Sequence[Tensor]) -> None:
+        """For the next pass and its recomputation: where each row of `features` (one [F, H] per layer) goes."""
+        self._index, self._features = index, features
+
+    def clear(self) -> None:
+        self._index, self._features = None, ()
+
+    def _add(self, number: int, layer: nn.Module, _: Any, hidden: Tensor) -> Tensor | None:
+        if self._index is None:
+            return None
+        return hidden.index_add(1, self._index, self._features[number][None].to(hidden.dtype))
 
 
 @lru_cache(maxsize=1024)

@@ -54,14 +54,14 @@ class Layout:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over all ranks, float64, on CPU (HCCL has no float64)."""
-        total = values.detach().to("cpu", torch.float64)
+        total = values.detach().cpu().double()
         if self.mesh is not None and self.world > 1:
             dist.all_reduce(total)
         return total
 
     def gather(self, values: Tensor) -> Tensor:
         """A few numbers [n] of every rank: [world, n], float64, on CPU."""
-        own = values.detach().to("cpu", torch.float64)
+        own = values.detach().cpu().double()
         if self.mesh is None or self.world == 1:
             return own[None]
         parts = [torch.empty_like(own) for _ in range(self.world)]

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dapo.errors import WeightsError
+from dapo.model.linear import PatchProjection
 from dapo.model.load import load_model
 from tests.model.tiny import make_folder
 
@@ -88,3 +90,20 @@ def test_a_missing_expert_is_named(tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(WeightsError, match=r"no tensor model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight"):
         load_model(folder, device=CPU)
+
+
+def test_patches_are_projected_by_a_product_that_equals_the_convolution(tmp_path):
+    model = load_model(make_folder(tmp_path, "dense"), device=CPU, dtype=torch.float64)
+    projection = model.model.visual.patch_embed.proj
+    assert isinstance(projection, PatchProjection)
+    plain = nn.Conv3d(
+        projection.in_channels, projection.out_channels, projection.kernel_size, projection.kernel_size
+    ).double()
+    plain.load_state_dict(projection.state_dict())
+    patches = torch.randn(6, projection.in_channels, *projection.kernel_size, dtype=torch.float64)
+    results = [layer(patches).flatten(1) for layer in (projection, plain)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    for result in results:
+        result.square().sum().backward()
+    for ours, theirs in zip(projection.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dapo.model import attention_split
@@ -138,3 +139,36 @@ def test_a_blank_image_changes_nothing(tmp_path):
     for name, grad in results[0][1].items():
         blank = results[1][1][name]
         assert torch.equal(blank, torch.zeros_like(blank) if grad is None else grad), name
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators for which the host must wait for a device: sizes or numbers that only the device knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if by_mask or name in ("nonzero", "_local_scalar_dense", "masked_select", "unique"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_layer_makes_the_host_wait(tmp_path):
+    """Forward, recomputation and backward of a pack with images."""
+    folder = make_folder(tmp_path, "dense")
+    model = load_model(folder, device=CPU, dtype=torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    network = Network(model, TEMPERATURE, banned_mask())
+    batch = make_batch(groups=2, per_update=2, images="some")
+    (packs,) = plan_packs(batch, ranks=1, tokens_per_pack=80).updates[0]
+    pack, _ = Collator(TinyProcessor(), network, CPU, torch.float32)(batch, packs[0])
+    assert len(pack.image_index)
+    network(pack)  # lays its pieces out, once per pack
+    with Waits() as waits:
+        logprobs, entropy = network(pack)
+        (logprobs.sum() + entropy.sum()).backward()
+    assert waits.seen == []
