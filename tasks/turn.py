@@ -25,7 +25,7 @@ class GaveUp(Exception):
 
 
 class Turn:
-    """Called with the training ahead for as long as there is one; tells at once, then more and more rarely.
+    """Called with who is ahead for as long as there is one; tells at once, then more and more rarely.
 
     Use it as a context: leaving it, the flow run waits no longer.
     """
@@ -49,9 +49,9 @@ class Turn:
             self._pause = min(2 * self._pause, _AT_MOST_S)
         self._told = time.monotonic()
         words = f"for {ahead}"
-        get_run_logger().info("one training at a time: waiting %s", words)
+        get_run_logger().info("one at a time on a cluster: waiting %s", words)
         tell(Stage("waiting", "running", words=words))
-        best_effort(create_markdown_artifact, f"Waits {words}", key=WAITING, description="One training at a time")
+        best_effort(create_markdown_artifact, f"Waits {words}", key=WAITING, description="One at a time on a cluster")
         best_effort(self._tag, True)
 
     def __enter__(self) -> Turn:

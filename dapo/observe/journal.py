@@ -105,3 +105,13 @@ def _drop_half_line(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def last_start(path: Path) -> int:
+    """Offset behind the newest attempt's `started`; 0 before the first one."""
+    return max((behind for event, behind in follow(path) if event.kind == "started"), default=0)
+
+
+def more(path: Path, offset: int) -> bool:
+    """Whether there is a whole event behind `offset`."""
+    return next(follow(path, offset), None) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,8 +16,12 @@ from dapo.config.run import RunConfig
 from dapo.errors import EngineError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.layout import RunFolder
+from dapo.runtime.dashboard import TERMINAL, Dashboard, DashboardAway, UnknownJob
 from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.leash import LeashedProcess
+from dapo.runtime.turn import EVALUATION, Ahead, live_jobs, takes_turn
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 JOB = "dapo.runtime.evaluation_job"
@@ -41,8 +46,8 @@ def evaluate(folder: EvaluationFolder, progress: Progress, owner: str = "") -> d
     config = io.load(folder.config)
     for old in (folder.error, folder.progress):
         old.unlink(missing_ok=True)
-    if on_ray(config):
-        _run_as_ray_job(folder, config, progress, owner)
+    if (cluster := _cluster(config)) is not None:
+        _run_as_ray_job(cluster, folder, config, progress, owner)
     else:
         _run_here(folder, config, progress)
     if folder.done:
@@ -58,10 +63,22 @@ def on_ray(config: RunConfig) -> bool:
     return config.ray.address is not None or config.model.parallel.world_size > 1
 
 
+def _cluster(config: RunConfig) -> Dashboard | None:
+    """Where it runs as a job; None: in a process here.
+
+    One device needs no cluster, but has to wait for a training that holds it: where a Ray runs here, that is known.
+    """
+    from dapo.runtime.cluster import connect, find_local
+
+    if on_ray(config):
+        return connect(config)
+    local = find_local(config)
+    return local if local is not None and takes_turn(config, local) else None
+
+
 def stop_jobs(config: RunConfig, owner: str) -> None:
     """End the Ray jobs of this owner's evaluations; a killed process leaves its job and the job's devices behind."""
     from dapo.runtime.cluster import connect, find_local
-    from dapo.runtime.turn import EVALUATION, live_jobs
 
     cluster = connect(config) if config.ray.address else find_local(config)
     if cluster is None:
@@ -80,15 +97,14 @@ def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -
         child.stop()
 
 
-def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progress, owner: str) -> None:
-    from dapo.runtime.cluster import connect
-    from dapo.runtime.dashboard import TERMINAL, DashboardAway, UnknownJob
+def _run_as_ray_job(
+    cluster: Dashboard, folder: EvaluationFolder, config: RunConfig, progress: Progress, owner: str
+) -> None:
     from dapo.runtime.training import TrainingJob
-    from dapo.runtime.turn import EVALUATION
 
-    run, entrypoint = RunFolder(folder.root), ("-m", JOB)
-    job = TrainingJob(connect(config), run, config, entrypoint=entrypoint, kind=EVALUATION, owner=owner)
-    job.start()
+    run, entrypoint, turn = RunFolder(folder.root), ("-m", JOB), takes_turn(config, cluster)
+    job = TrainingJob(cluster, run, config, entrypoint=entrypoint, kind=EVALUATION, turn=turn, owner=owner)
+    job.start(_waiting(progress))
 
     def ended() -> bool:
         try:
@@ -105,6 +121,20 @@ def _run_as_ray_job(folder: EvaluationFolder, config: RunConfig, progress: Progr
             with contextlib.suppress(DashboardAway):
                 job.end()  # it gives its devices back before anybody goes on
         job.keep_output()
+
+
+def _waiting(progress: Progress) -> Callable[[Ahead], None]:
+    """Says for whom, at once and then more and more rarely."""
+    told, pause_s = float("-inf"), 0.0
+
+    def waiting(ahead: Ahead) -> None:
+        nonlocal told, pause_s
+        if time.monotonic() - told > pause_s:
+            told, pause_s = time.monotonic(), min(2 * pause_s + 60.0, 900.0)
+            log.info("one at a time on a cluster: waiting for %s", ahead)
+            progress(0, 0, f"waits for {ahead}")
+
+    return waiting
 
 
 def _watch(folder: EvaluationFolder, config: RunConfig, progress: Progress, ended: Callable[[], bool]) -> None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
-from dapo.observe.journal import Event, follow, read
+from dapo.observe.journal import Event, follow, last_start, more, read
 from dapo.observe.layout import RunFolder
 from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
 from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.submission import submit
-from dapo.runtime.turn import TRAINING, Ahead, ahead, looking
+from dapo.runtime.turn import TAKEN, TRAINING, Ahead, ahead, looking
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,8 @@ class TrainingJob:
         config: `ray.env`, `ray.restarts`.
         entrypoint: arguments of the Python that is started with the run folder behind them.
         back_off_s: pauses before the first, second, ... restart; the last one repeats.
-        kind: `training` waits until no other training runs on the cluster; any other kind does not wait.
-        owner: told to the cluster with the job: who asked for it.
+        kind: told to the cluster with the job, as `owner` is: who asked for it.
+        turn: waits until nobody else who takes a turn has the cluster.
     """
 
     def __init__(
@@ -64,11 +63,12 @@ class TrainingJob:
         entrypoint: Sequence[str] = ENTRYPOINT,
         back_off_s: Sequence[float] = BACK_OFF_S,
         kind: str = TRAINING,
+        turn: bool = True,
         owner: str = "",
     ) -> None:
         self.cluster, self.run, self.config = cluster, run, config
         self.entrypoint, self.back_off_s = tuple(entrypoint), tuple(back_off_s)
-        self.kind, self.owner = kind, owner
+        self.kind, self.turn, self.owner = kind, turn, owner
         self.id = ""
         self._fence = 0  # an `ended` event before this place in the journal is an earlier attempt's
 
@@ -81,7 +81,7 @@ class TrainingJob:
         """Submit the next attempt, or take over the one that runs; True where it was submitted.
 
         Args:
-            waiting: called every `TURN_EVERY_S` seconds while another training has the cluster; raises to give up.
+            waiting: called every `TURN_EVERY_S` seconds while somebody else has the cluster; raises to give up.
         """
         away_since: float | None = None
         submitted = False
@@ -110,7 +110,7 @@ class TrainingJob:
             time.sleep(TURN_EVERY_S)
 
     def _ahead(self, submitted: bool) -> Ahead | None:
-        return ahead(self.cluster, self.run, self.id if submitted else "") if self.kind == TRAINING else None
+        return ahead(self.cluster, self.run, self.id if submitted else "") if self.turn else None
 
     def _start(self) -> bool:
         found = self.running()
@@ -120,7 +120,7 @@ class TrainingJob:
             time.sleep(POLL_S)
             found = self.running()
         if found:
-            self.id, self._fence = found, _last_start(self.run.journal)
+            self.id, self._fence = found, last_start(self.run.journal)
             return False
         known = [int(job["submission_id"].rpartition("-")[2]) for job in self._jobs()]
         started = sum(event.kind == "started" for event in read(self.run.journal))
@@ -128,6 +128,7 @@ class TrainingJob:
         self._fence = self.run.journal.stat().st_size if self.run.journal.exists() else 0
         self.run.stop_request.unlink(missing_ok=True)
         metadata = {"run": self.run.id, "folder": str(self.run.root), "kind": self.kind, "owner": self.owner}
+        metadata["turn"] = TAKEN if self.turn else ""
         arguments = [*self.entrypoint, str(self.run.root)]
         try:
             submit(self.cluster, self.id, arguments, NO_PHONE_HOME | dict(self.config.ray.env), metadata)
@@ -150,7 +151,7 @@ class TrainingJob:
             offset: where reading begins; earlier attempts' events are given too.
             idle: called between looks at the journal, at least every `POLL_S` seconds.
             asked_to_stop: then a job that failed or is gone is not started again.
-            waiting: as in `start`, where another training took the cluster before a restart.
+            waiting: as in `start`, where somebody else took the cluster before a restart.
 
         Raises:
             TrainingError: the job failed for a lasting reason, or crashed too often.
@@ -173,7 +174,7 @@ class TrainingJob:
             if time.monotonic() - asked_at > STATUS_EVERY_S:
                 gone = self._gone()
                 asked_at = time.monotonic()
-                if gone and not _more(self.run.journal, offset):
+                if gone and not more(self.run.journal, offset):
                     if asked_to_stop():
                         return
                     if restarts >= self.config.ray.restarts:
@@ -289,10 +290,6 @@ def already_finished(config: RunConfig) -> int | None:
     return end.step if end.step >= config.train.steps else None
 
 
-def _last_start(journal: Path) -> int:
-    return max((behind for event, behind in follow(journal) if event.kind == "started"), default=0)
-
-
 def _asked_within(pause_s: float, idle: Callable[[], None], asked_to_stop: Callable[[], bool]) -> bool:
     end_at = time.monotonic() + pause_s
     while True:
@@ -302,7 +299,3 @@ def _asked_within(pause_s: float, idle: Callable[[], None], asked_to_stop: Calla
         if time.monotonic() >= end_at:
             return False
         time.sleep(min(POLL_S, pause_s))
-
-
-def _more(journal: Path, offset: int) -> bool:
-    return next(follow(journal, offset), None) is not None

@@ -1,4 +1,4 @@
-"""One training per cluster at a time: who trains there now, since when, how far it is.
+"""One at a time on a cluster, a training or an evaluation that needs devices: who has it, since when, how far it is.
 
 The cluster itself is asked, not a lease: a job that died has no claim, whatever became of its flow.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from dapo.config.run import RunConfig
+from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.journal import read
 from dapo.observe.layout import RunFolder
 from dapo.runtime.dashboard import TERMINAL, Dashboard
@@ -24,11 +26,13 @@ from dapo.runtime.dashboard import TERMINAL, Dashboard
 TRAINING = "training"
 EVALUATION = "evaluation"
 """Values of a job's metadata `kind`."""
+TAKEN = "taken"
+"""Value of the metadata `turn` of a job that nobody else may run beside."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """The training that has the cluster."""
+    """The training or evaluation that has the cluster."""
 
     job: str
     run: RunFolder
@@ -42,6 +46,9 @@ class Ahead:
         )
 
     def _far(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            prompts = json.loads(EvaluationFolder(self.run.root).progress.read_text())
+            return f": prompt {prompts['done']} of {prompts['total']}"
         started = total = last = None
         for event in read(self.run.journal):
             match event.kind:
@@ -66,13 +73,20 @@ def live_jobs(cluster: Dashboard) -> list[dict[str, Any]]:
     return [job for job in cluster.jobs() if job["status"] not in TERMINAL and (job.get("metadata") or {}).get("kind")]
 
 
+def takes_turn(config: RunConfig, cluster: Dashboard) -> bool:
+    """Whether an evaluation needs devices of which a training leaves none, and which a training needs; never CPUs."""
+    if config.device != "auto":
+        return config.device != "cpu"
+    return any(node["resources_total"].get(kind) for node in cluster.nodes() for kind in ("GPU", "NPU"))
+
+
 def ahead(cluster: Dashboard, run: RunFolder, job: str = "") -> Ahead | None:
-    """The training that `run` has to wait for; None where the cluster is free, or has this run itself.
+    """Whom `run` has to wait for; None where the cluster is free, or has this run itself.
 
     Args:
         job: submission id of this run's own job: then only what was submitted before it.
     """
-    live = [one for one in live_jobs(cluster) if one["metadata"]["kind"] == TRAINING]
+    live = [one for one in live_jobs(cluster) if one["metadata"].get("turn") == TAKEN]
     live.sort(key=lambda one: (one["start_time"], one["submission_id"]))
     before = itertools.takewhile(lambda one: one["submission_id"] != job, live)
     others = [one for one in before if one["metadata"]["run"] != run.id]

@@ -13,6 +13,7 @@ from dapo.errors import ConfigError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.shipper import connect, tracking_uri
 from dapo.runtime import cluster
+from tests.flows.test_training_job import job_of, make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_api")]
 
@@ -90,6 +91,30 @@ def test_several_devices_answer_as_one_does(config):
     alone = evaluate(io.override(config, {"name": "one", "seed": 3}))
     assert alone.root == two.root
     assert alone.read_metrics()["estimates"] == again["estimates"]
+
+
+def test_an_evaluation_waits_for_its_device_and_says_for_whom(config, monkeypatch):
+    """CPUs stand for the device. One alone needs no cluster, but on the Ray that runs here somebody may train."""
+    from dapo.runtime import evaluation
+
+    local = cluster.connect(config)
+    monkeypatch.setattr(evaluation, "takes_turn", lambda config, found: found == local)
+    first = evaluate(io.override(config, {"seed": 11}))
+    before = first.read_metrics()["estimates"]
+    for path in (first.metrics, first.answers, first.results):
+        path.unlink()
+    training = job_of(local, *make_run(Path(config.run_root), "trains", STANDIN_SECONDS="600"))
+    training.start()
+    said = []
+
+    def progress(done, total, words):
+        said.append(words)
+        if words.startswith("waits for"):
+            training.end()
+
+    assert evaluation.evaluate(first, progress)["estimates"] == before
+    assert said[0].startswith(f"waits for {training.run.id} (job {training.id})")
+    assert said[-1] == "prompts"
 
 
 def test_a_cancelled_evaluation_gives_its_devices_back(config):

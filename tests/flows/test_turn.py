@@ -3,12 +3,15 @@
 import contextlib
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 
+from dapo.config.run import RunConfig
+from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.journal import Journal
 from dapo.observe.layout import RunFolder
-from dapo.runtime.turn import Ahead, ahead
+from dapo.runtime.turn import Ahead, ahead, takes_turn
 from tests.flows.test_training_job import job_of, make_run
 
 
@@ -71,15 +74,45 @@ def test_a_waiter_can_give_up_and_has_submitted_nothing(ray, root):
     gone(holder)
 
 
-def test_the_same_run_is_followed_and_an_evaluation_does_not_wait(ray, root):
+def test_the_same_run_is_followed_and_an_evaluation_on_cpus_does_not_wait(ray, root):
     with first_training(ray, root, "shared-run") as (run, holder):
         again = job_of(ray, run, holder.config)
         assert again.start(lambda ahead: pytest.fail(f"waits for itself: {ahead}")) is False
         other, config = make_run(root, "measured")
-        evaluation = job_of(ray, other, config, kind="evaluation")
+        evaluation = job_of(ray, other, config, kind="evaluation", turn=takes_turn(config, ray))
         assert evaluation.start(lambda ahead: pytest.fail(f"waits: {ahead}"))
         gone(evaluation)
     gone(holder)
+
+
+def test_an_evaluation_that_needs_devices_waits_for_a_training_and_a_training_for_it(ray, root):
+    seen = []
+    with first_training(ray, root, "has-them") as (first, holder):
+
+        def waiting(ahead):
+            seen.append(ahead.run.id)
+            holder.end()
+
+        measuring = job_of(ray, *make_run(root, "needs-them", STANDIN_SECONDS="600"), kind="evaluation", turn=True)
+        assert measuring.start(waiting)
+    assert seen == [first.id]
+    assert ahead(ray, first).job == measuring.id
+    measuring.end()
+
+
+def test_what_takes_a_turn():
+    @dataclass
+    class Cluster:
+        """Of nodes with what Ray says of them."""
+
+        resources: dict[str, float]
+
+        def nodes(self):
+            return [{"resources_total": {"CPU": 8.0}}, {"resources_total": self.resources}]
+
+    gpus, npus, cpus = Cluster({"GPU": 8.0}), Cluster({"NPU": 16.0}), Cluster({"CPU": 8.0})
+    told = [[takes_turn(RunConfig(device=kind), one) for one in (gpus, npus, cpus)] for kind in ("auto", "cpu", "cuda")]
+    assert told == [[True, True, False], [False, False, False], [True, True, True]]
 
 
 def test_of_two_that_start_together_one_trains(ray, root):
@@ -149,6 +182,9 @@ def test_it_says_who_since_when_and_how_far(tmp_path):
     journal.append("step", 12, metrics={}, seconds_left=754.0)
     assert "long-1234 (job dapo-long-1234-1), which runs since" in str(told)
     assert str(told).endswith(": step 12 of 100, about 13 min left")
+    measuring = EvaluationFolder(tmp_path)
+    measuring.progress.write_text('{"done": 3, "total": 64}')
+    assert str(Ahead("dapo-base-1", RunFolder(tmp_path), time.time())).endswith(": prompt 3 of 64")
 
 
 def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_path, monkeypatch):
