@@ -88,6 +88,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._opened: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -135,11 +136,6 @@ class WeightFiles:
             except Exception as error:
                 raise WeightsError(f"{self.folder / file} is not a whole safetensors file: {error}") from error
         return self._opened[file]
-
-    @property
-    def _opened(self) -> dict[str, Any]:
-        opened: dict[str, Any] = self.__dict__.setdefault("_handles", {})
-        return opened
 
 
 def expert_names(fused: str, expert: int) -> tuple[str, ...]:
