@@ -34,7 +34,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.rollout.engine import Begun, prompts_needed
 from dapo.runtime.dynamic_sampling import DynamicSampling
-from dapo.runtime.generation import Generation, Text
+from dapo.runtime.generation import Generation
 from dapo.types import Completion, Finished, FinishReason, Prompt, SamplingParams, Scored
 
 PLACES = 256
@@ -117,6 +117,16 @@ class Coin:
         return [Scored(answer == "mixed" and int(sample) % 2 == 0) for sample, answer in items]
 
 
+class FirstId:
+    """A response's text is its first id."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+
+    def decode_many(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        return [str(ids[0]) for ids in responses]
+
+
 def simulate(finish_share: float, steps: int, seed: int = 0) -> Cost:
     """Generation of `steps` steps of training."""
     config = _config(finish_share)
@@ -124,8 +134,7 @@ def simulate(finish_share: float, steps: int, seed: int = 0) -> Cost:
     answers = ["mixed" if rng.random() < KEEP_RATE else "agree" for _ in range(steps * 64 * 6)]
     prompts = [Prompt(str(i), (0,), (), (), answer, "") for i, answer in enumerate(answers)]
     engine = SimulatedEngine(seed)
-    text = Text((), (), lambda many: [str(ids[0]) for ids in many])
-    generation = Generation(config, engine, Coin(), text, restart=lambda _: None, phase=lambda *_: nullcontext())
+    generation = Generation(config, engine, Coin(), FirstId(), restart=lambda _: None, phase=lambda *_: nullcontext())
     sampling = DynamicSampling(config, prompts, generation)
     tokens = older = rounds = 0
     for step in range(steps):

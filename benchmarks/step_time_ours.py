@@ -24,7 +24,6 @@ from dapo.rewards.pool import RewardPool
 from dapo.rollout.engine import Begun
 from dapo.runtime.actors import Trainer
 from dapo.runtime.controller import Controller
-from dapo.runtime.generation import Text
 from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 MAX_TOKENS, GROUP, UPDATES = 48, 8, 4
@@ -33,6 +32,15 @@ MAX_TOKENS, GROUP, UPDATES = 48, 8, 4
 def grade(response: str, answer: str) -> bool:
     """Right for half of all responses."""
     return sum(response.encode()) % 2 == 0
+
+
+class Endless:
+    """No id ends a response, so all have full length."""
+
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, processor: PromptProcessor) -> None:
+        self.banned_token_ids, self.decode_many = processor.banned_token_ids, processor.decode_many
 
 
 class Door:
@@ -80,8 +88,7 @@ def main() -> None:
             rewards,
             prompts,
             prompts,
-            # No id ends a response, so all have full length.
-            Text((), processor.banned_token_ids, processor.decode_many),
+            Endless(processor),
         )
         controller.sync()
         while True:

@@ -131,8 +131,6 @@ class Stack:
         finally:
             os.chdir(before)
 
-    # ---- Prefect ----------------------------------------------------------------------------------------------------
-
     def _find_server(self) -> Start | None:
         """What starts it; None where one answers."""
         ui = self.api.removesuffix("/api")
@@ -218,8 +216,6 @@ class Stack:
 
         service.wait(heard)
         self.say(f"worker     {self.worker_name}  started, log {service.log}")
-
-    # ---- MLflow -----------------------------------------------------------------------------------------------------
 
     def _find_mlflow(self, port: int) -> Start | None:
         """What starts its pages over the store that runs without a configured one write to; None where one answers."""

@@ -35,9 +35,9 @@ from dapo.plan.packing import CostModel, plan_packs
 from dapo.runtime import checkpoints
 from dapo.runtime.delivery import WeightDelivery
 from dapo.runtime.dynamic_sampling import DynamicSampling
-from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, Text, refuse_broken_reward
+from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, TextDoor, refuse_broken_reward
 from dapo.runtime.mirror import Mirror
-from dapo.train.policy import Policy, UpdateResult
+from dapo.train.policy import SyncedPolicy, UpdateResult
 from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class Controller:
         config: RunConfig,
         folder: RunFolder,
         journal: Journal,
-        policy: Policy,
+        policy: SyncedPolicy,
         engine: EngineDoor,
         rewards: RewardDoor,
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
-        text: Text,
+        text: TextDoor,
         cost: CostModel | None = None,
         mirror: Mirror | None = None,
     ) -> None:
@@ -91,8 +91,6 @@ class Controller:
         self.seconds: dict[str, float] = defaultdict(float)
         self._recent: list[float] = []
         self._validated: tuple[int, dict[str, float]] = (-1, {})
-
-    # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> str:
         """Train to the end; returns `finished` or `stopped`."""
@@ -195,8 +193,6 @@ class Controller:
                 self.sampling.settle()
             except EngineError as error:
                 self.delivery.restart(self.at.step, error)
-
-    # ---- around the step --------------------------------------------------------------------------------------------
 
     def sync(self) -> dict[str, float]:
         """Engine gets the weights, and proves it."""

@@ -11,7 +11,7 @@ from dapo.observe.journal import Journal, read
 from dapo.rollout.checks import check_probe, default_tolerance
 from dapo.runtime.generation import EngineDoor
 from dapo.runtime.proof import probe
-from dapo.train.policy import Policy
+from dapo.train.policy import SyncedPolicy
 from dapo.types import Prompt, SamplingParams
 
 RESTARTED = "engine_restarted"
@@ -20,8 +20,8 @@ PROBE_TOKENS = 64
 
 
 class WeightDelivery:
-    """One run's syncs. Fingerprints are compared in each (`Policy.sync`); a log-prob probe follows at the start, every
-    `rollout.probe_every` steps, after each restart, and after each wake-up of an engine that slept.
+    """One run's syncs. Fingerprints are compared in each (`SyncedPolicy.sync`); a log-prob probe follows at the start,
+    every `rollout.probe_every` steps, after each restart, and after each wake-up of an engine that slept.
 
     Args:
         held_out: the first `PROBE_PROMPTS` of them are asked.
@@ -32,7 +32,7 @@ class WeightDelivery:
         self,
         config: RunConfig,
         journal: Journal,
-        policy: Policy,
+        policy: SyncedPolicy,
         engine: EngineDoor,
         held_out: Sequence[Prompt],
         sampling: Callable[[], SamplingParams],

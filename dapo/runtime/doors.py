@@ -76,7 +76,7 @@ class RayEngine:
 
 
 class RayPolicy:
-    """`Policy` over all workers. A batch travels once per step, by reference."""
+    """`SyncedPolicy` over all workers. A batch travels once per step, by reference."""
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers

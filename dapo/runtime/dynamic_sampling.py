@@ -65,7 +65,7 @@ class DynamicSampling:
             StarvationError: see `GroupBuffer.take`.
         """
         if not self._filled:
-            self._fill(version)
+            self._fill(version, restart=True)
         self._filled = self._interrupted = False
         return self.buffer.take(), self.buffer.report()
 
@@ -78,8 +78,8 @@ class DynamicSampling:
         """
         if self.exhausted(version):
             return
-        self.generation.restarts_itself = False
-        self._ahead = self._thread.submit(self._fill, version)
+        # A restarted engine needs the trainer's weights, and the trainer is at work: `settle` tells of a dead one.
+        self._ahead = self._thread.submit(self._fill, version, restart=False)
 
     def settle(self) -> None:
         """Wait for what is written ahead: nothing may write while the engine's weights change.
@@ -100,10 +100,8 @@ class DynamicSampling:
         except EngineError:
             self._interrupted = True
             raise
-        finally:
-            self.generation.restarts_itself = True
 
-    def _fill(self, version: int) -> None:
+    def _fill(self, version: int, *, restart: bool) -> None:
         if not self._interrupted:
             self.buffer.begin_step(version)
         while (size := self.buffer.next_round_size()) > 0:
@@ -121,7 +119,8 @@ class DynamicSampling:
                 continue
             # Each round has a serial of its own, also one without new prompts: its random streams hang on it.
             serial, self.serial = self.serial, self.serial + max(len(asked), 1)
-            groups = self.generation.training_groups(asked, version, serial, last=self._no_more_prompts)
+            last = self._no_more_prompts
+            groups = self.generation.training_groups(asked, version, serial, last=last, restart=restart)
             self.responses += sum(len(g.rollouts) for g in groups)
             self.buffer.add(groups)
             self._between_rounds()

@@ -29,7 +29,7 @@ from dapo.eval.page import write_evaluation
 from dapo.files import write_whole
 from dapo.records import group_from_plain, group_to_plain
 from dapo.runtime.evaluation import on_ray
-from dapo.runtime.generation import Generation, Streams, Text, refuse_broken_reward
+from dapo.runtime.generation import Generation, Streams, refuse_broken_reward
 from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger("dapo.evaluation")
@@ -74,7 +74,6 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
     if done:
         log.info("%d of %d prompts were answered before", len(done), len(prompts))
     size = max(1, _SEQUENCES_AHEAD * config.rollout.max_num_seqs // config.validation.samples)
-    text = Text(processor.stop_token_ids, processor.banned_token_ids, processor.decode_many)
     with (
         _engine(config, weights, processor) as engine,
         RewardPool(
@@ -82,7 +81,7 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
         ) as rewards,
         folder.answers.open("a") as answers,
     ):
-        generation = Generation(config, engine, rewards, text, restart=_give_up, phase=lambda _: nullcontext())
+        generation = Generation(config, engine, rewards, processor, restart=_give_up, phase=lambda _: nullcontext())
         left = [p for p in prompts if p.id not in done]
         for begin in range(0, len(left), size):
             for group in generation.validation_groups(left[begin : begin + size]):

@@ -40,13 +40,14 @@ class RewardDoor(Protocol):
     def score(self, items: Sequence[tuple[str, str]]) -> Sequence[Outcome]: ...
 
 
-@dataclass(frozen=True)
-class Text:
-    """What the controller needs of the processor."""
+class TextDoor(Protocol):
+    """What rounds need of `dapo.data.processor.PromptProcessor`."""
 
-    stop_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    decode_many: Callable[[Sequence[Sequence[int]]], list[str]]
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]: ...
+    def decode_many(self, responses: Sequence[Sequence[int]]) -> list[str]: ...
 
 
 @dataclass
@@ -107,20 +108,18 @@ class Generation:
         config: RunConfig,
         engine: Streams,
         rewards: RewardDoor,
-        text: Text,
+        text: TextDoor,
         *,
         restart: Callable[[EngineError], object],
         phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.config, self.engine, self.rewards, self.text = config, engine, rewards, text
         self._restart, self._phase = restart, phase
-        self.restarts_itself = True
-        """False: a dead engine is the caller's to restart."""
         self.open: list[OpenGroup] = []
         """Asked, and not fully answered yet."""
 
     def training_groups(
-        self, prompts: Sequence[Prompt], version: int, serial: int, *, last: bool = False
+        self, prompts: Sequence[Prompt], version: int, serial: int, *, last: bool = False, restart: bool = True
     ) -> list[RolloutGroup]:
         """One round: what earlier rounds left unfinished, and new prompts, numbered from `serial` on.
 
@@ -128,6 +127,7 @@ class Generation:
             version: policy version that will be trained on them; a response that was begun more than `max_staleness`
                 versions before it begins anew.
             last: no more prompts will come: everything is written to its end.
+            restart: where the engine dies. False: raises, and it is the caller's to restart.
         """
         params = self.training(serial)
         if last:
@@ -136,7 +136,7 @@ class Generation:
             group.forget(older_than=version - self.config.algorithm.sampling.max_staleness)
         self.open += [OpenGroup(p, serial + i, [None] * params.n) for i, p in enumerate(prompts)]
         # `open` holds them until they are judged: where the engine fails for good, nothing is lost.
-        groups = self._round(self.open, params, "generate")
+        groups = self._round(self.open, params, "generate", restart)
         self.open = [group for group in self.open if not group.complete]
         refuse_broken_reward(groups, self.config)
         return groups
@@ -144,7 +144,7 @@ class Generation:
     def validation_groups(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Held-out prompts, answered and judged, however many checks failed."""
         params = self.validation()
-        return self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate")
+        return self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate", restart=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [group.to_plain() for group in self.open]
@@ -152,7 +152,9 @@ class Generation:
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         self.open = [OpenGroup.from_plain(plain) for plain in state]
 
-    def _round(self, asked: Sequence[OpenGroup], params: SamplingParams, phase: str) -> list[RolloutGroup]:
+    def _round(
+        self, asked: Sequence[OpenGroup], params: SamplingParams, phase: str, restart: bool
+    ) -> list[RolloutGroup]:
         """The groups that are complete, in the order asked. Responses are judged while others are still written."""
         with ThreadPoolExecutor(1, "reward") as grader:  # it waits for the judging processes
             verdicts: list[Future[None]] = []
@@ -163,7 +165,7 @@ class Generation:
                 waiting.clear()
 
             with self._phase(phase):
-                for done in self._stream(asked, params):
+                for done in self._stream(asked, params, restart):
                     group = asked[done.prompt]
                     group.completions[done.sample] = done.completion
                     if done.completion.finished:
@@ -212,9 +214,9 @@ class Generation:
             finish_share=1.0,
         )
 
-    def _stream(self, asked: Sequence[OpenGroup], params: SamplingParams) -> Iterator[Finished]:
-        """What the engine writes; where it dies, a restarted one goes on with what is missing. The same seeds give the
-        same responses."""
+    def _stream(self, asked: Sequence[OpenGroup], params: SamplingParams, restart: bool) -> Iterator[Finished]:
+        """What the engine writes; where it dies, a restarted one goes on with what is missing, if `restart`. The same
+        seeds give the same responses."""
         failure: EngineError | None = None
         while True:
             try:
@@ -224,7 +226,7 @@ class Generation:
                 yield from self.engine.stream([group.prompt for group in asked], params, begun)
                 return
             except EngineError as error:
-                if error is failure or not self.restarts_itself:
+                if error is failure or not restart:
                     raise
                 failure = error
 

@@ -87,7 +87,6 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     from dapo.data.processor import PromptProcessor
     from dapo.runtime import prompts
     from dapo.runtime.controller import Controller
-    from dapo.runtime.generation import Text
 
     processor = PromptProcessor(weights)
     training, held_out = prompts.training(config, data, processor), prompts.held_out(config, data, processor)
@@ -105,7 +104,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
             rewards,
             training,
             held_out,
-            Text(processor.stop_token_ids, processor.banned_token_ids, processor.decode_many),
+            processor,
             cost=cost_model(weights),
             mirror=mirror,
         )

@@ -112,8 +112,6 @@ class FsdpPolicy:
         load_model(folder, device=self.device, home=home, dtype=dtype, shard=shard)
         return networks[0]
 
-    # ---- log-probabilities ------------------------------------------------------------------------------------------
-
     def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         """Of this rank's packs under the current weights; nothing of a step in progress is touched."""
         return self._logprobs(batch, plan, self.network, {}, first=0)
@@ -154,8 +152,6 @@ class FsdpPolicy:
                 _spread(logprobs, targets, values)
         parallel.reshard(network)
         return LogProbs(tuple(tuple(group) for group in values))
-
-    # ---- one optimiser update ---------------------------------------------------------------------------------------
 
     def update(self, batch: TrainBatch, plan: PackPlan, index: int) -> UpdateResult:
         """Forward, loss and backward over this rank's packs of update `index`, then one AdamW update on all ranks.
@@ -224,8 +220,6 @@ class FsdpPolicy:
             log.error("update skipped: the gradient norm is %s", norm)
         self.optimizer.zero_grad()
         return {"grad_norm": norm, "lr": rate, "skipped": float(not finite)}
-
-    # ---- weights and state ------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:

@@ -44,10 +44,6 @@ class Policy(Protocol):
         """Optimiser update `index` of the step: forward, loss, backward over its packs, one AdamW update."""
         ...
 
-    def sync(self, version: int) -> dict[str, float]:
-        """Give the weights to the engine and prove that they arrived; returns seconds and GB/s."""
-        ...
-
     def save(self, folder: Path) -> None:
         """Begin to write the sharded state (weights, optimiser, RNG of every rank) into an existing folder.
 
@@ -68,3 +64,15 @@ class Policy(Protocol):
         ...
 
     def load(self, folder: Path) -> None: ...
+
+
+class SyncedPolicy(Policy, Protocol):
+    """A policy whose weights the engines follow: the controller's. `FsdpPolicy`, one rank of it, knows no engine."""
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Give the weights to the engines and prove that they arrived; returns seconds and GB/s.
+
+        Raises:
+            EngineError: a tensor did not arrive, or an engine refused it or is gone.
+        """
+        ...

@@ -117,8 +117,6 @@ class Servers:
         """Everything, also what a killed worker left behind, and the local Ray."""
         assert processes.end_family(self.mark) == []
 
-    # ---- Prefect's REST interface -----------------------------------------------------------------------------------
-
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(f"{self.api}{path}", method=method)
         request.add_header("Content-Type", "application/json")

@@ -16,7 +16,6 @@ from dapo.observe.journal import Journal, read
 from dapo.observe.layout import RunFolder
 from dapo.rollout.engine import collected, prompts_needed
 from dapo.runtime.controller import Controller
-from dapo.runtime.generation import Text
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, Finished, FinishReason, Prompt, Scored, TimedOut
 
@@ -27,8 +26,13 @@ def prompts(count: int, split: str = "train") -> list[Prompt]:
     return [Prompt(f"{split}/{i}", (5, 6, 7), (), (), "right", f"question {i}") for i in range(count)]
 
 
-def text() -> Text:
-    return Text((STOP,), (), lambda many: ["right" if RIGHT in ids else "wrong" for ids in many])
+class Words:
+    """Text door: two words."""
+
+    stop_token_ids, banned_token_ids = (STOP,), ()
+
+    def decode_many(self, responses):
+        return ["right" if RIGHT in ids else "wrong" for ids in responses]
 
 
 class Bandit:
@@ -152,7 +156,7 @@ def make(tmp_path, *, skill=0.5, engine=None, judge=None, questions=40, **tree):
         judge or Judge(),
         prompts(questions),
         prompts(20, "test"),
-        text(),
+        Words(),
     )
     return controller, policy, folder
 
