@@ -191,7 +191,8 @@ class VllmEngine:
         """In place, layer by layer: no second copy of the model, no file on disk.
 
         Raises:
-            EngineError: a tensor does not fit, or a fused group came in part. Another whole update repairs the engine.
+            EngineError: a tensor does not fit, a fused group came in part, or responses are still being written.
+                Another whole update repairs the engine.
         """
         if "weights" in self._asleep:
             self._wake("weights")
@@ -208,8 +209,13 @@ class VllmEngine:
             raise EngineError(f"weight sync to version {version} failed: {type(error).__name__}: {error}") from error
         # Attention blocks and image features of the old weights must not be found again.
         with self._asked():
-            self.llm.reset_prefix_cache()
+            forgotten = self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()
+        if not forgotten:
+            raise EngineError(
+                f"weight sync to version {version}: vLLM kept attention blocks of the old weights, because responses "
+                "are still being written (reset_prefix_cache returned False); sync between rounds"
+            )
         self.version = version
 
     def fingerprint(self) -> dict[str, float]:

@@ -84,8 +84,9 @@ class WeightDelivery:
                 return
 
     def _deliver(self, step: int, version: int) -> dict[str, float]:
-        woke = self.engine.wake()
+        # A sync wakes the weights alone: while they are gathered, the cache's memory is still the trainer's.
         metrics = self.policy.sync(version)
+        woke = self.engine.wake()
         every = self.config.rollout.probe_every
         if woke or not self._proved or (every and step % every == 0):
             metrics = metrics | self._prove(step)

@@ -200,11 +200,23 @@ def test_stale_attention_blocks_are_caught(
 ) -> None:
     long = [replace(p, token_ids=(*([65] * 150), *p.token_ids)) for p in make_prompts(processor, 2)]  # a block is 128
     assert gap_between(engine, trainer, processor, long) < EXACT
-    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: None)
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: True)
     shake(trainer, 0.1, seed=1)
     engine.update_weights(trainer.named_parameters(), version=1)
     with pytest.raises(ProofError, match="log-prob probe"):
         gap_between(engine, trainer, processor, long)
+
+
+def test_a_sync_while_responses_are_written_is_refused(
+    engine: VllmEngine, trainer: Any, processor: PromptProcessor
+) -> None:
+    writing = engine.stream(make_prompts(processor, 3), sampling(processor, finish_share=0.99, max_tokens=60))
+    next(writing)
+    with pytest.raises(EngineError, match="version 1: vLLM kept attention blocks of the old weights"):
+        engine.update_weights(trainer.named_parameters(), version=1)
+    list(writing)
+    engine.update_weights(trainer.named_parameters(), version=2)
+    assert gap_between(engine, trainer, processor, make_prompts(processor, 2)) < EXACT
 
 
 def test_a_partial_fused_group_is_refused_and_a_whole_sync_heals(

@@ -215,6 +215,16 @@ def test_kl_in_reward_lowers_rewards_before_the_advantage(tmp_path):
     assert first[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"] - 0.1 * 2 * 0.25)
 
 
+def test_the_cache_wakes_only_after_the_weights_arrived(tmp_path):
+    controller, policy, _ = make(tmp_path, train={"steps": 1})
+    sync, calls = policy.sync, []
+    policy.sync = lambda version: calls.append("sync") or sync(version)
+    controller.engine.sleep = lambda: calls.append("sleep")
+    controller.engine.wake = lambda: bool(calls.append("wake"))
+    assert controller.run() == "finished"
+    assert calls == ["sync", "wake", "sleep", "sync", "wake"]
+
+
 def test_an_engine_that_slept_proves_itself_in_every_step(tmp_path):
     controller, _, folder = make(tmp_path, rollout={"probe_every": 0})
     controller.engine.wake = lambda: controller.at.step > 1
