@@ -20,7 +20,8 @@ from dapo.rewards.units import conversion, fits_any
 _PLAIN = re.compile(r"-?[0-9]{1,40}(?:\.[0-9]{0,40})?")
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)(?: :)? )?(?:\( ([a-z]) \)|([a-z])(?: [).:])?)", re.IGNORECASE)
-_LABELLED = re.compile(r"(\( [A-H] \)|[A-H] [).:]) (?![+*/^=_)])")
+_LABEL = re.compile(r"\( [A-H] \)|[A-H] [).:]")
+_LABELLED = re.compile(rf"({_LABEL.pattern}) (?![+*/^=_)])")
 
 _T = TypeVar("_T")
 
@@ -88,8 +89,9 @@ def _labelled(found: list[str]) -> tuple[list[str], list[str]] | tuple[()]:
     if found[0] != "(" and not (len(found[0]) == 1 and found[0].isupper()):
         return ()
     label = _LABELLED.match(_spaced(found))
-    length = len(label[1].split()) if label else 0
-    return ([label[1].strip("(). :")], found[length:]) if label else ()
+    rest = found[len(label[1].split()) :] if label else []
+    # "B. 3, C. 4" chooses nothing.
+    return ([label[1].strip("(). :")], rest) if label and not _LABEL.search(_spaced(rest)) else ()
 
 
 def _spaced(found: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dapo.rewards.expression import FUNCTIONS, VARIABLES
-from dapo.rewards.latex import MULTIPLIERS, TEXT
+from dapo.rewards.latex import MULTIPLIERS, TEXT, closing
 from dapo.rewards.units import only_names, read_unit
 
 MAX_TOKENS = 12
@@ -16,18 +16,21 @@ _PREFIXES = {
     "\\overrightarrow", "\\overleftrightarrow", "\\overset", "\\stackrel", "\\frown", "\\odot",
 }  # fmt: skip
 _CALLED = {f"\\{function}" for function in FUNCTIONS} | {"\\arcsin", "\\arccos", "\\arctan", "\\log", "\\ln"}
+_FUNCTION_NAMES = set("fghFGHP")
 _AROUND = {"{", "}", "(", ")", "_", "'", "|", "\\deg"}
 _OPERATORS = {"+", "-", "*", "/", "^", ":", "[", "]", "%", ".", "\\frac", "\\sqrt", "\\pi", "sqrt", "cbrt"}
 _NO_NAMES = {"sqrt", "cbrt", *FUNCTIONS, *MULTIPLIERS}
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-    """``x``, ``AB``, ``x_1``, ``\\angle 1``, ``|AB|``, ``f(x)``, ``\\sin A``, ``\\text{Area}``.
+    """``x``, ``AB``, ``x_1``, ``\\angle 1``, ``|AB|``, ``f(2)``, ``\\sin A``, ``\\text{Area}``.
 
     Not ``|x|``: a length has one value, the absolute value of a variable leaves two.
     """
     if len(tokens) == 3 and tokens[0] == tokens[2] == "|" and len(tokens[1]) == 1 and tokens[1].islower():
         return False
+    if tokens[0] in _FUNCTION_NAMES and tokens[1:2] == ["("] and closing(tokens[1:]) == len(tokens) - 2:
+        return is_quantity(tokens)
     known = _PREFIXES | _CALLED | _AROUND
     return (
         len(tokens) <= MAX_TOKENS
