@@ -35,6 +35,8 @@ pytestmark = pytest.mark.slow
 Folders = Callable[[str], Path]
 Processors = Callable[[str], PromptProcessor]
 EXACT = 3e-5
+ANSWER_S = 20.0
+"""Longer than a first answer on a busy machine takes."""
 
 
 def start(folder: Path, processor: PromptProcessor, **more: object) -> VllmEngine:
@@ -180,6 +182,36 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
     new.close()
     remove_stale_shared_memory()  # as the next start does
     assert not [path for path in shared if path.exists()]
+
+
+@pytest.mark.parametrize("stopped", ["core", "worker"])
+def test_an_engine_process_that_is_stopped_is_an_error_in_time_and_a_new_one_starts(
+    stopped: str, folder_of: Folders, processor_of: Processors
+) -> None:
+    """As one that is stuck in a kernel: it answers nobody, and obeys nothing but SIGKILL."""
+    processor, trainer = processor_of("dense"), load_plain(folder_of("dense"))
+    prompts = make_prompts(processor, 3)
+    endless = sampling(processor, n=4, max_tokens=150, stop_token_ids=(), finish_share=0.99)
+    ranks = 1 if stopped == "core" else 2
+    before = set(multiprocessing.active_children())
+    engine = start(folder_of("dense"), processor, separate_process=True, tensor_parallel=ranks, answer_s=ANSWER_S)
+    engine.update_weights(trainer.named_parameters(), 1)
+    (core,) = set(multiprocessing.active_children()) - before
+    family = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
+    stop = Timer(0.3, family[0 if stopped == "core" else -1].suspend)
+    stop.start()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=f"did not answer within {ANSWER_S:.0f} s and was killed"):
+        # Long enough for the signal to come while tokens are written.
+        [engine.generate(prompts, endless) for _ in range(100)]
+    assert time.monotonic() - started < ANSWER_S + 15
+    engine.close()
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    new = start(folder_of("dense"), processor, separate_process=True, tensor_parallel=ranks)
+    new.update_weights(trainer.named_parameters(), 1)
+    out = new.generate(prompts, sampling(processor, n=2))
+    assert largest_gap(trainer, processor, prompts, out, 0.8) < EXACT
+    new.close()
 
 
 def test_an_engine_process_ends_with_the_process_it_serves(folder_of: Folders) -> None:
