@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from dapo.errors import ConfigError
 from dapo.eval import results
+from dapo.eval.artifacts import Artifacts
 from dapo.eval.record import EVALUATION, KIND, SET, SOURCE_RUN
 from dapo.eval.results import PromptResult
 
@@ -139,8 +139,9 @@ def _find(client: MlflowClient, experiments: list[str], reference: str) -> Run:
 
 def _read(client: MlflowClient, experiments: list[str], run: Run, name: str) -> RunRecord:
     run_id = str(run.info.run_id)
-    config = _flat(yaml.safe_load(_artifact(client, run_id, "config.yaml") or "{}")) or dict(run.data.params)
-    made = json.loads(_artifact(client, run_id, "manifest.json") or "{}")
+    artifacts = Artifacts(client, run)
+    config = _flat(yaml.safe_load(artifacts.text("config.yaml") or "{}")) or dict(run.data.params)
+    made = json.loads(artifacts.text("manifest.json") or "{}")
     code = dict(made.get("code", {}))
     if changes := code.get("uncommitted"):
         code["uncommitted"] = hashlib.sha256(changes.encode()).hexdigest()[:12]
@@ -178,11 +179,12 @@ def _verdicts(
         clauses = f"tags.`{KIND}` = '{EVALUATION}' AND tags.`{SOURCE_RUN}` = '{run_id}'"
         evaluations = list(client.search_runs(experiments, clauses, order_by=["attributes.start_time DESC"]))
     for evaluation in evaluations:
-        if text := _artifact(client, str(evaluation.info.run_id), "results.jsonl"):
+        if text := Artifacts(client, evaluation).text("results.jsonl"):
             where = str(evaluation.info.run_name)
             found.append(Verdicts(where, evaluation.data.tags[SET], results.from_lines(text, where)))
-    paths = [a.path for a in client.list_artifacts(run_id, "validation") if a.path.endswith(".results.jsonl")]
-    if paths and (text := _artifact(client, run_id, max(paths))):
+    artifacts = Artifacts(client, run)
+    paths = [path for path in artifacts.paths("validation") if path.endswith(".results.jsonl")]
+    if paths and (text := artifacts.text(max(paths))):
         where = f"last validation ({Path(max(paths)).name.removesuffix('.results.jsonl')})"
         asked = json.dumps([*digests, *(config.get(key) for key in _ASKED)])
         found.append(Verdicts(where, f"validation {asked}", results.from_lines(text, where)))
@@ -193,13 +195,6 @@ def _history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, fl
     """One point per step: of a step that was logged twice the later one."""
     points = sorted(client.get_metric_history(run_id, name), key=lambda m: (m.step, m.timestamp))
     return sorted({m.step: float(m.value) for m in points}.items())
-
-
-def _artifact(client: MlflowClient, run_id: str, path: str) -> str | None:
-    if not any(a.path == path for a in client.list_artifacts(run_id, str(Path(path).parent).removeprefix("."))):
-        return None
-    with tempfile.TemporaryDirectory() as place:
-        return Path(client.download_artifacts(run_id, path, place)).read_text()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
