@@ -56,6 +56,16 @@ def begin() -> None:
         best_effort(sweep)
 
 
+def leave() -> None:
+    """To be called before a suspension: this process ends on purpose.
+
+    Resumed, the flow run has the same attempt in another process, and until that one says where it is, this one's end
+    would count as its own.
+    """
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(this_run.id), {LABEL: ""})
+
+
 def sweep() -> list[str]:
     """Mark flow runs of this machine crashed whose process is gone, and schedule those of deployments again.
 

@@ -36,7 +36,7 @@ from flows import names
 from flows.cancellation import retraining_file, stop_training
 from flows.dapo import dapo
 from flows.parameters import DEFAULT_PATH, Overrides, resolve
-from flows.recovery import begin, come_back, wait_for_server
+from flows.recovery import begin, come_back, leave, wait_for_server
 from tasks.cached import CachedStage
 from tasks.decide import decide
 from tasks.evaluate import evaluate
@@ -168,11 +168,9 @@ def _asked(name: str, challenger: int, champion: int | None, decision: dict[str,
     question = f"Promote **{name} version {challenger}** over {over}?\n\n"
     question += "\n".join(f"- {reason}" for reason in decision["reasons"])
     form = Approval.with_initial_data(description=question)
-    # A worker's slot is not held while a person sleeps: a deployment's run ends here and starts anew.
-    ask = suspend_flow_run if deployment.id else pause_flow_run
     try:
         # Agreed to over one champion, a promotion over another is another question.
-        answer = ask(wait_for_input=form, timeout=int(hours * 3600), key=f"approval-over-{champion or 'base'}")
+        answer = _answer(form, int(hours * 3600), about=f"approval-over-{champion or 'base'}")
     except FlowPauseTimeout:
         _go_on()
         reason = f"nobody approved within {hours:g} hours"
@@ -181,6 +179,19 @@ def _asked(name: str, challenger: int, champion: int | None, decision: dict[str,
     if answer.decision == "promote":
         return {"approval": told}
     return {"promote": False, "reasons": [f"not approved: {answer.note or 'no note'}"], "approval": told}
+
+
+def _answer(form: type[Approval], timeout_s: int, about: str) -> Approval:
+    """No worker's slot is held while a person sleeps: a deployment's run ends here; with the answer it starts anew."""
+    with get_client(sync_client=True) as client:
+        # A retry forgets that this was asked, and Prefect takes a key's form once. Resumed, it is the same attempt.
+        key = f"{about}-{client.read_flow_run(UUID(flow_run.id)).run_count}"
+    if not deployment.id:
+        return pause_flow_run(wait_for_input=form, timeout=timeout_s, key=key)
+    leave()
+    answer = suspend_flow_run(wait_for_input=form, timeout=timeout_s, key=key)
+    begin()  # here only the process that was started with the answer
+    return answer
 
 
 def _go_on() -> None:

@@ -137,10 +137,10 @@ class Servers:
         except OSError:
             return False
 
-    def run(self, deployment: str, overrides: Iterable[str]) -> str:
-        """Create a flow run; its id."""
+    def run(self, deployment: str, overrides: Iterable[str], **parameters: Any) -> str:
+        """Create a flow run, with other parameters of the flow where they are given; its id."""
         found = self.ask("GET", f"/deployments/name/{deployment}")
-        given = found["parameters"] | {"overrides": list(overrides)}
+        given = found["parameters"] | {"overrides": list(overrides)} | parameters
         return str(self.ask("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": given})["id"])
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:

@@ -146,6 +146,28 @@ def test_a_person_may_say_no():
     }
 
 
+def test_a_flow_run_that_failed_behind_an_answer_and_is_retried_asks_again():
+    from prefect import flow
+
+    from flows.retrain import _asked
+
+    attempts = []
+
+    @flow(retries=3)  # a resumption counts as one
+    def ask():
+        attempts.append(_asked(NAME, 3, 2, {"reasons": ["accuracy 0.5 -> 0.6"]}, hours=0.05))
+        if len(attempts) == 1:
+            raise ConnectionError("MLflow is away")
+        return attempts[-1]["approval"]["note"]
+
+    def answers():
+        for note in ("at first", "again"):
+            say({"decision": "promote", "note": note})
+
+    in_background(answers)
+    assert ask() == "again"
+
+
 def test_nobody_s_word_keeps_the_champion():
     from prefect import flow
 
