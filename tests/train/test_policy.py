@@ -122,6 +122,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     assert step(policy, batch)[0]["skipped"] == 0.0
 
 
+def test_a_forward_pass_that_is_not_finite_changes_nothing(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    with torch.no_grad():
+        policy.network.model.lm_head.weight[0, 0] = float("inf")
+    before = weights_of(policy)
+    for metrics in step(policy, make_batch()):
+        assert metrics["skipped"] == 1.0
+    assert policy.updates == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
+
+
+def test_training_that_computes_something_else_than_the_log_prob_pass_is_noticed(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "moe"), "moe")
+    attention = policy.network.text.layers[0].self_attn
+    attention.register_forward_hook(lambda _, __, out: (out[0] * (1 + 1e-6 * torch.is_grad_enabled()), *out[1:]))
+    with pytest.raises(AssertionError, match="training computes something else than the log-prob pass"):
+        step(policy, make_batch())
+
+
 def _endless(sequence):
     return dataclasses.replace(sequence, advantage=float("inf"), trained=True)
 
@@ -167,6 +186,27 @@ def test_gradient_checkpointing_gives_the_same_update(tmp_path):
         step(policy, make_batch())
         results.append(weights_of(policy))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_gradient_checkpointing_is_always_on_in_the_vision_tower(wanted, tmp_path):
+    policy = make_policy(
+        make_folder(tmp_path, "dense"), config=run_config({"model": {"gradient_checkpointing": wanted}})
+    )
+    runs = {"vision": 0, "text": 0}
+
+    def count(module, name):
+        def hook(*_):
+            runs[name] += 1
+
+        module.register_forward_hook(hook)
+
+    count(policy.network.visual.blocks[0].attn, "vision")
+    count(policy.network.text.layers[0].self_attn, "text")
+    batch = make_batch(per_update=4)
+    policy.update(batch, plan_of(batch), 0)
+    packs = len(plan_of(batch).updates[0][0])
+    assert runs == {"vision": 2 * packs, "text": (1 + wanted) * packs}  # once more in the backward pass
 
 
 def test_another_number_of_processes_than_configured_is_refused(tmp_path):
