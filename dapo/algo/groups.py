@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapo.algo.revisit import Revisits
+from dapo.algo.verdict import Verdict, classify
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
 from dapo.records import group_from_plain, group_to_plain
@@ -28,18 +29,6 @@ from dapo.types import Crashed, RolloutGroup, Scored, TimedOut, Truncated
 HALF_LIFE = 6.0
 
 _KINDS = {Scored: "scored", Truncated: "truncated", TimedOut: "timed_out", Crashed: "crashed"}
-
-
-class Verdict(enum.StrEnum):
-    """What becomes of a group, and why."""
-
-    KEPT = "kept"
-    ALL_RIGHT = "all_right"
-    ALL_WRONG = "all_wrong"
-    TRUNCATED = "truncated"
-    """No answer is right and at least half of the responses hit the token limit: the limit is the likelier reason."""
-    FAILED = "failed"
-    """Fewer than two checks came to a verdict."""
 
 
 class Stage(enum.StrEnum):
@@ -53,30 +42,6 @@ class Stage(enum.StrEnum):
     """`max_rounds` were not enough: the step trains on what there is, with exact denominators."""
     STOP = "stop"
     """Not even `min_prompts_share` of a step was found within `patience_rounds` more."""
-
-
-def judge(group: RolloutGroup, metric: str = "accuracy") -> Verdict:
-    """Decide on a group by its verdicts on accuracy (booleans, so that no rounding can make a difference).
-
-    A failed check is no verdict: it is neither right nor wrong, and the group is judged by its other responses. Right
-    and wrong among them: kept (the failed ones are masked out of the loss). With fewer than two verdicts: `FAILED`.
-
-    Args:
-        metric: `reward` keeps a group iff its judged responses differ in reward, whatever their accuracy.
-    """
-    judged = [i for i, r in enumerate(group.rollouts) if not r.failed]
-    if len(judged) < min(2, len(group.rollouts)):
-        return Verdict.FAILED
-    right = sum(group.rollouts[i].correct for i in judged)
-    differs = 0 < right < len(judged)
-    if metric == "reward":
-        differs = len({group.rewards[i] for i in judged}) > 1
-    if differs:
-        return Verdict.KEPT
-    if right:
-        return Verdict.ALL_RIGHT
-    cut = sum(group.rollouts[i].truncated for i in judged)
-    return Verdict.TRUNCATED if 2 * cut >= len(judged) else Verdict.ALL_WRONG
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +203,7 @@ class GroupBuffer:
         # The rival keeps a group of one, whose advantage is its reward.
         if not self.config.enabled or (self._verl and len(group.rollouts) == 1):
             return Verdict.KEPT
-        return judge(group, self.config.metric)
+        return classify(group, self.config.metric)
 
     def take(self) -> list[RolloutGroup]:
         """The step's groups, oldest first: `prompts_per_step`, or fewer in stage `SMALLER_STEP` or at the end of data.

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.dynamic_sampling import constant, simulate, swinging
-from dapo.algo.groups import GroupBuffer, Stage, Verdict, judge
+from dapo.algo.groups import GroupBuffer, Stage
+from dapo.algo.verdict import Verdict, classify
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
 from tests.records import group
@@ -128,16 +129,16 @@ def test_no_step_trains_on_a_group_older_than_allowed(
     ],
 )
 def test_a_group_is_judged_by_its_verdicts(answers: list[bool | None], cut: list[int], expected: Verdict) -> None:
-    assert judge(group("p", answers, cut=cut)) is expected
+    assert classify(group("p", answers, cut=cut)) is expected
 
 
 def test_all_wrong_group_with_mixed_format_is_dropped() -> None:
-    assert judge(group("p", [False, False], rewards=[0.1, 0.0])) is Verdict.ALL_WRONG
+    assert classify(group("p", [False, False], rewards=[0.1, 0.0])) is Verdict.ALL_WRONG
 
 
 def test_a_reward_without_accuracy_is_judged_by_its_rewards() -> None:
-    assert judge(group("p", [False, False], rewards=[0.1, 0.0]), "reward") is Verdict.KEPT
-    assert judge(group("p", [False] * 8, rewards=[0.9] * 8), "reward") is Verdict.ALL_WRONG
+    assert classify(group("p", [False, False], rewards=[0.1, 0.0]), "reward") is Verdict.KEPT
+    assert classify(group("p", [False] * 8, rewards=[0.9] * 8), "reward") is Verdict.ALL_WRONG
 
 
 def step_of(buffer: GroupBuffer, good: int, bad: int, version: int = 0) -> None:
