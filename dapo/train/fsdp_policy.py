@@ -198,7 +198,7 @@ class FsdpPolicy:
                 "old log-probabilities come from the same packs and weights, so training computes something else than "
                 "the log-prob pass"
             )
-        return UpdateResult(metrics | self._step(parameters, norm))
+        return UpdateResult(metrics | self._step(parameters, norm, empty=not metrics["tokens"]))
 
     def _objective(self, inputs: object, targets: PackTargets, totals: Totals, key: tuple[int, int]) -> ObjectiveResult:
         logprobs, entropy = self.network(inputs)
@@ -218,7 +218,7 @@ class FsdpPolicy:
         """Metrics and the gradient's norm over all ranks, in one exchange."""
         routed = self.routers.take()
         parts = {**sums, "square": square} | ({} if routed is None else {"routed": routed})
-        own = torch.cat([part.detach().flatten().to("cpu", torch.float64) for part in parts.values()])
+        own = torch.cat([part.detach().flatten().cpu().double() for part in parts.values()])
         columns = self.layout.gather(own).split([part.numel() for part in parts.values()], dim=1)
         ranks = dict(zip(parts, columns, strict=True))
         norm = float((ranks["square"].sum() / self.layout.shard_copies).sqrt())
@@ -230,18 +230,19 @@ class FsdpPolicy:
         metrics = reduce_metrics(merged)
         return metrics if routed is None else metrics | router_metrics(ranks["routed"].sum(0).view_as(routed)), norm
 
-    def _step(self, parameters: list[nn.Parameter], norm: float) -> dict[str, float]:
+    def _step(self, parameters: list[nn.Parameter], norm: float, *, empty: bool) -> dict[str, float]:
         config = self.config.model.optimizer
         finite = norm < float("inf")
         rate = optim.learning_rate(config, self.updates + 1)
-        if finite:
+        # Without a token there is nothing to learn: weight decay and old momentum alone would move the weights.
+        if finite and not empty:
             optim.clip_gradients(parameters, norm, config.max_grad_norm)
             optim.step(self.optimizer, rate, self._moments_home, self._weights_home)
             self.updates += 1
         else:
-            log.error("update skipped: the gradient norm is %s", norm)
+            log.error("update skipped: %s", "it has no token to train on" if finite else f"the gradient norm is {norm}")
         self.optimizer.zero_grad()
-        return {"grad_norm": norm, "lr": rate, "skipped": float(not finite)}
+        return {"grad_norm": norm, "lr": rate, "skipped": float(empty or not finite)}
 
     @property
     def model(self) -> nn.Module:

@@ -122,6 +122,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     assert step(policy, batch)[0]["skipped"] == 0.0
 
 
+def test_an_update_without_a_trained_token_changes_nothing(tmp_path):
+    policy = make_policy(make_folder(tmp_path, "dense"))
+    batch = make_batch(per_update=4)
+    step(policy, batch)  # from here on AdamW has momentum
+    masked = [
+        dataclasses.replace(g, sequences=tuple(dataclasses.replace(s, trained=False) for s in g.sequences))
+        for g in batch.groups
+    ]
+    before = weights_of(policy)
+    for metrics in step(policy, dataclasses.replace(batch, groups=tuple(masked))):
+        assert (metrics["empty_update"], metrics["skipped"]) == (1.0, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.named_weights())
+
+
 def test_a_forward_pass_that_is_not_finite_changes_nothing(tmp_path):
     policy = make_policy(make_folder(tmp_path, "dense"))
     with torch.no_grad():
