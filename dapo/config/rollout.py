@@ -51,7 +51,8 @@ class RolloutConfig(Frozen):
     router_replay: bool = False
     """Mixture of experts: train with the experts that the engine chose, so that both compute the same function where
     their routers would differ (arXiv 2510.11370). Not with vLLM on CPU, which does not tell."""
-    probe_every: Annotated[int, Field(ge=0)] = 10
-    """Steps between log-prob probes (engine against trainer on fixed prompts); 0: only after the start."""
+    probe_every: Annotated[int, Field(ge=0)] = 1
+    """Steps between log-prob probes (engine against trainer on fixed prompts). Nothing else proves which weights an
+    engine computes with; one is a batch of four short responses. 0: only after the start, restarts and wake-ups."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Mean |difference| in nats that stops the run; null: 1e-3, or 0.05 where trainer or engine compute in bfloat16."""

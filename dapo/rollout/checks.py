@@ -50,6 +50,24 @@ def kept_sums(given: Mapping[str, float], unchanged: Collection[str]) -> dict[st
     return {name: given[name] for name in unchanged}
 
 
+def agreed_sums(of_workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all workers of one engine say that they were given.
+
+    Raises:
+        EngineError: one of them was given something else than the first.
+    """
+    first, *others = of_workers
+    for number, sums in enumerate(others, 1):
+        for name in sorted(first.keys() | sums.keys()):
+            one, other = first.get(name), sums.get(name)
+            if one is None or other is None or not math.isclose(one, other, rel_tol=_SAME):
+                raise EngineError(
+                    f"weight sync: the engine's workers were given different weights: the sum of |values| of {name} is "
+                    f"{one} in worker 0 and {other} in worker {number}"
+                )
+    return dict(first)
+
+
 def compare_fingerprints(trainer: Mapping[str, float], engine: Mapping[str, float]) -> None:
     """Every tensor of the trainer must have arrived: sums of absolute values agree.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dapo.errors import ConfigError, EngineError
 from dapo.model.tensors import SMALLEST_BUCKET
 from dapo.rollout import ascend
+from dapo.rollout.checks import agreed_sums
 from dapo.rollout.engine import Begun, collected
 from dapo.rollout.same_host import CudaIpc, SharedMemory
 from dapo.rollout.told_experts import expert_layers
@@ -220,9 +221,12 @@ class VllmEngine:
 
     def fingerprint(self) -> dict[str, float]:
         """Of what the workers were given last, summed where they took it. What they made of it (packing, transposing)
-        is for the log-prob probe to judge. Empty before the first update."""
-        sums: dict[str, float] = self._rpc("dapo_fingerprint")[0]
-        return sums
+        is for the log-prob probe to judge. Empty before the first update.
+
+        Raises:
+            EngineError: the workers were given different weights.
+        """
+        return agreed_sums(self._rpc("dapo_fingerprint"))
 
     def sleep(self) -> None:
         """Free the cache, and move the weights to host memory. vLLM on CPU cannot: nothing happens there."""

@@ -180,7 +180,8 @@ class WorkerExtension:
                 module.quant_method.process_weights_after_loading(module)
 
     def dapo_fingerprint(self) -> dict[str, float]:
-        """Per transformers tensor: float64 sum of absolute values of what this worker was given last."""
+        """Per transformers tensor: float64 sum of absolute values of what this worker was given last, whatever vLLM
+        then did with it (0.23 drops what it has no place for)."""
         return dict(getattr(self, "_dapo_sums", {}))
 
     def _dapo_noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,8 +21,9 @@ PROBE_TOKENS = 64
 
 
 class WeightDelivery:
-    """One run's syncs. Fingerprints are compared in each (`SyncedPolicy.sync`); a log-prob probe follows at the start,
-    every `rollout.probe_every` steps, after each restart, and after each wake-up of an engine that slept.
+    """One run's syncs. Fingerprints are compared in each (`SyncedPolicy.sync`): they prove what was given. A log-prob probe
+    proves what the engine computes with: at the start, every `rollout.probe_every` steps, after each restart, and after
+    each wake-up of an engine that slept.
 
     Args:
         held_out: the first `PROBE_PROMPTS` of them are asked.
@@ -93,7 +95,7 @@ class WeightDelivery:
         return metrics
 
     def _prove(self, step: int) -> dict[str, float]:
-        params = self.sampling()
+        params, started = self.sampling(), time.perf_counter()
         gap = probe(
             self.engine,
             self.policy,
@@ -106,4 +108,5 @@ class WeightDelivery:
         tolerance = default_tolerance(self.config.model.compute_dtype, self.config.engine_dtype)
         check_probe(gap, self.config.rollout.probe_tolerance or tolerance, after=after)
         self._proved = True
-        return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest}
+        seconds = time.perf_counter() - started
+        return {"engine/probe_mean": gap.mean, "engine/probe_max": gap.largest, "time/probe": seconds}

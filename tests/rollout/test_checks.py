@@ -11,6 +11,7 @@ import pytest
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError, EngineError, ProofError
 from dapo.rollout.checks import (
+    agreed_sums,
     check_completion,
     check_probe,
     compare_fingerprints,
@@ -50,6 +51,14 @@ def test_garbage_is_refused(ids: tuple[int, ...], logprobs: tuple[float, ...], m
 
 def test_equal_fingerprints_pass_whatever_the_order_of_addition() -> None:
     compare_fingerprints(trainer={"a": 1.0, "b": 0.0}, engine={"b": 0.0, "a": 1.0 + 1e-12, "tied": 3.0})
+
+
+def test_a_worker_that_was_given_something_else_is_named() -> None:
+    assert agreed_sums([{"a": 1.0}, {"a": 1.0 + 1e-12}]) == {"a": 1.0}
+    with pytest.raises(EngineError, match=r"of b is 2\.0 in worker 0 and 2\.5 in worker 2"):
+        agreed_sums([{"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.5}])
+    with pytest.raises(EngineError, match="of b is None in worker 0 and 2"):
+        agreed_sums([{"a": 1.0}, {"a": 1.0, "b": 2.0}])
 
 
 @pytest.mark.parametrize(

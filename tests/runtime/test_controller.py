@@ -129,6 +129,19 @@ def test_an_engine_that_computes_with_other_weights_stops_the_run_before_it_trai
     assert controller.engine.restarts == 0
 
 
+def test_an_engine_whose_weights_are_damaged_in_any_step_stops_the_run_in_that_step(tmp_path):
+    controller, policy, _ = make(tmp_path)
+    sync = policy.sync
+
+    def damaged(version):
+        controller.engine.logprob = -1.5 if version == 3 else -0.5
+        return sync(version)
+
+    policy.sync = damaged
+    with pytest.raises(ProofError, match="log-prob probe after the sync of step 3"):
+        controller.run()
+
+
 def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path):
     controller, policy, _ = make(tmp_path, judge=Judge(broken=True), validation={"before_training": False})
     with pytest.raises(RewardError, match="dapo reward test"):
