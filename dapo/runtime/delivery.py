@@ -21,9 +21,9 @@ PROBE_TOKENS = 64
 
 
 class WeightDelivery:
-    """One run's syncs. Fingerprints are compared in each (`SyncedPolicy.sync`): they prove what was given. A log-prob probe
-    proves what the engine computes with: at the start, every `rollout.probe_every` steps, after each restart, and after
-    each wake-up of an engine that slept.
+    """One run's syncs. Fingerprints are compared in each (`SyncedPolicy.sync`): they prove what was given. A log-prob
+    probe proves what the engine computes with: at the start, every `rollout.probe_every` steps, after each restart, and
+    after each wake-up of an engine that slept.
 
     Args:
         held_out: the first `PROBE_PROMPTS` of them are asked.

@@ -17,7 +17,7 @@ from tests.rollout.small import make_folder  # noqa: E402
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a kind of model (`dense`, `moe`, `text`, `text_moe`, `tied`)."""
+    """The folder of a kind of model (`dense`, `moe`, `text`, `text_moe`, `square_moe`, `tied`)."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:

@@ -21,7 +21,8 @@ LETTERS = tuple(range(ord("!") - 33, ord("!") - 33 + 30))
 
 
 def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -> Path:
-    """A `dense` or `moe` Qwen3-VL, a `text` Qwen3 or a `text_moe` Qwen3-MoE that vLLM takes as well."""
+    """A `dense` or `moe` Qwen3-VL, a `text` Qwen3 or a `text_moe` Qwen3-MoE that vLLM takes as well; `square_moe` is a
+    `moe` whose experts' gate and up projections have the same shape when transposed."""
     torch.manual_seed(seed)
     text: dict[str, Any] = {
         "vocab_size": PADDED_VOCAB,
@@ -36,7 +37,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         "pad_token_id": None,
     }
     experts = {
-        "moe_intermediate_size": 96,
+        "moe_intermediate_size": 32 if kind == "square_moe" else 96,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "decoder_sparse_step": 1,
@@ -71,7 +72,7 @@ def make_folder(folder: Path, kind: str, *, seed: int = 0, tied: bool = False) -
         written = json.loads((folder / "config.json").read_text())
         ids = {name: value for name, value in written.items() if name.endswith("_token_id")}
         shared = {"vision_config": vision, "tie_word_embeddings": tied, **ids}
-        if kind == "moe":
+        if kind in ("moe", "square_moe"):
             config = transformers.Qwen3VLMoeConfig(text_config=text | experts | {"rope_parameters": rope}, **shared)
             model = transformers.Qwen3VLMoeForConditionalGeneration(config)
         else:

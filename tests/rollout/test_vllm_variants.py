@@ -9,24 +9,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from dapo.data.processor import PromptProcessor
-from dapo.errors import ConfigError, EngineError
+from dapo.errors import ConfigError, EngineError, ProofError
 from dapo.rollout.checks import compare_fingerprints
+from tests.rollout.delivered import delivered
 from tests.rollout.processes import free_address, run_two_ranks
 from tests.rollout.small import hub_layout, largest_gap, load_plain, make_prompts, sampling, shake
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (make install-vllm)", allow_module_level=True)
 
-from dapo.rollout import vllm_worker
+from dapo.rollout import vllm_engine, vllm_worker
 from dapo.rollout.vllm_engine import VllmEngine
 from dapo.rollout.vllm_process import remove_stale_shared_memory
 
@@ -61,48 +63,77 @@ def test_twenty_updates_stay_exact(kind: str, folder_of: Folders, processor_of: 
         engine.close()
 
 
-def test_experts_that_were_not_packed_again_are_seen(
-    folder_of: Folders, processor_of: Processors, monkeypatch: pytest.MonkeyPatch
+# Each of these passes the fingerprint; the run's own probe stops it.
+
+
+def test_experts_that_were_not_packed_again_stop_the_run(
+    folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import vllm
 
     if vllm.__version__ != "0.32.0":
         pytest.skip("only 0.32 skips the packing of reloaded experts")
-    processor, trainer = processor_of("moe"), load_plain(folder_of("moe"))
-    engine = start(folder_of("moe"), processor)
-    prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
-    try:
-        shake(trainer, 0.05, seed=1)
+    with delivered(folder_of("moe"), tmp_path / "journal", engine="vllm") as run:
+        assert run.deliver() < EXACT
+        run.update()
         monkeypatch.setattr(vllm_worker.WorkerExtension, "_dapo_on_cpu", lambda self: False)
-        engine.update_weights(trainer.named_parameters(), version=1)
-        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) > 0.5
-        monkeypatch.undo()
-        engine.update_weights(trainer.named_parameters(), version=2)
-        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) < EXACT
-        transposed = [(name, hub_layout(name, p)) for name, p in trainer.named_parameters()]
+        with pytest.raises(ProofError, match="log-prob probe after the sync of step 1"):
+            run.deliver()
+
+
+def test_experts_of_square_shape_given_transposed_stop_the_run(
+    folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turned(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return vllm_worker.to_checkpoint_names(
+            (name, hub_layout(name, p) if name.endswith("gate_up_proj") else p) for name, p in weights
+        )
+
+    with delivered(folder_of("square_moe"), tmp_path / "journal", engine="vllm") as run:
+        assert run.deliver() < EXACT
+        run.update()
+        monkeypatch.setattr(vllm_engine, "to_checkpoint_names", turned)
+        with pytest.raises(ProofError, match="log-prob probe after the sync of step 1"):
+            run.deliver()
+
+
+def test_experts_given_transposed_do_not_fit_where_they_are_not_square(
+    folder_of: Folders, processor_of: Processors
+) -> None:
+    trainer, engine = load_plain(folder_of("moe")), start(folder_of("moe"), processor_of("moe"))
+    transposed = [(name, hub_layout(name, p)) for name, p in trainer.named_parameters()]
+    try:
         with pytest.raises(EngineError, match="version 3 failed"):
             engine.update_weights(transposed, version=3)
     finally:
         engine.close()
 
 
-def test_a_tied_head_that_was_not_packed_again_is_seen(
-    folder_of: Folders, processor_of: Processors, monkeypatch: pytest.MonkeyPatch
+def test_a_tied_head_that_was_not_packed_again_stops_the_run(
+    folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import vllm
 
     if vllm.__version__.startswith("0.23."):
         pytest.skip("0.23 reads the embeddings themselves")
-    processor, trainer = processor_of("tied"), load_plain(folder_of("tied"))
-    engine = start(folder_of("tied"), processor)
-    prompts, params = make_prompts(processor, 2), sampling(processor, n=2)
-    try:
-        shake(trainer, 0.05, seed=1)
+    with delivered(folder_of("tied"), tmp_path / "journal", engine="vllm") as run:
+        assert run.deliver() < EXACT
+        run.update()
         monkeypatch.setattr(vllm_worker.WorkerExtension, "_dapo_pack_head", lambda self: None)
-        engine.update_weights(trainer.named_parameters(), version=1)
-        assert largest_gap(trainer, processor, prompts, engine.generate(prompts, params), 0.8) > 0.01
-    finally:
-        engine.close()
+        with pytest.raises(ProofError, match="log-prob probe after the sync of step 1"):
+            run.deliver()
+
+
+def test_a_kept_tensor_that_is_damaged_in_the_engine_stops_the_run(folder_of: Folders, tmp_path: Path) -> None:
+    with delivered(folder_of("dense"), tmp_path / "journal", engine="vllm") as run:
+        assert run.deliver() < EXACT
+        engine: Any = run.worker.engine
+        model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        norms = [p for name, p in model.named_parameters() if name.endswith("layers.1.input_layernorm.weight")]
+        assert norms
+        norms[0].data.mul_(1.5)
+        with pytest.raises(ProofError, match="log-prob probe after the sync of step 1"):
+            run.deliver()  # nothing changed in the trainer: nothing is sent
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "tied"])
