@@ -25,7 +25,7 @@ from typing import Any
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import cluster, processes
 from flows.up import Stack
 

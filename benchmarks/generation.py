@@ -1,5 +1,5 @@
-"""Tokens per CPU second of generation: transformers' `generate()`, our light engine and vLLM, on the same prompts.
-Then whole training steps against TRL (`benchmarks.step_time`), light engine and vLLM.
+"""CPU speed of generation, tokens per second: `generate()`, our transformers engine and vLLM, on the same prompts.
+Then whole training steps against TRL (`benchmarks.step_time`), transformers engine and vLLM.
 
     python -m benchmarks.generation [--architecture moe] [--prompts 64] [--samples 8] [--no-trl] [--json FILE]
 
@@ -153,7 +153,7 @@ def compare(
     sequences = prompt_count * samples
     runs: dict[str, Run] = {
         "generate()": Generate(model, processor),
-        "light engine": Engine(TransformersEngine(folder, processor, max_num_seqs=sequences, kv_cache_mib=4096)),
+        "transformers engine": Engine(TransformersEngine(folder, processor, max_num_seqs=sequences, kv_cache_mib=4096)),
     }
     if with_vllm:
         from dapo.rollout.vllm_engine import VllmEngine

@@ -1,6 +1,6 @@
 """Does it learn, and equally well with either engine? The whole demo, for several seeds: accuracy, time, memory.
 
-    python -m benchmarks.learning                          # the light engine; each seed from nothing
+    python -m benchmarks.learning                          # the transformers engine; each seed from nothing
     python -m benchmarks.learning --engine both [--json FILE]
     python -m benchmarks.learning --seeds 0 1 -- train.steps=20
 
@@ -32,7 +32,7 @@ import psutil
 from dapo.eval import results
 from dapo.eval.estimate import paired_difference
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 MARK = "DAPO_BENCHMARK"
 ENGINES = ("transformers", "vllm")

@@ -9,8 +9,8 @@ for each that writes; prefill costs per token. Lengths are log-normal (median 30
 engine ran; `older` the share of trained tokens that an older policy version wrote (surplus groups of the step before
 included); `seconds` are per step.
 
-Real (`--real`): the light engine on this machine, 48 prompts x 8, lengths geometric (mean 40, cut at 256): CPU seconds
-per finished response, rounds of the same prompts to their end or in parts, paired in one process.
+Real (`--real`): the transformers engine on this machine, 48 prompts x 8, lengths geometric (mean 40, cut at 256): CPU
+seconds per finished response, rounds of the same prompts to their end or in parts, paired in one process.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _config(finish_share: float) -> RunConfig:
 
 
 def measure(finish_share: float, count: int = 48) -> tuple[float, int]:
-    """CPU seconds per response of the light engine, and rounds."""
+    """CPU seconds per response of the transformers engine, and rounds."""
     from benchmarks.generation import make_prompts
     from dapo import torchvision_cpu
     from dapo.config.model import TinyModel
@@ -206,7 +206,7 @@ def measure(finish_share: float, count: int = 48) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="simulated steps of training")
-    parser.add_argument("--real", action="store_true", help="measure the light engine besides")
+    parser.add_argument("--real", action="store_true", help="measure the transformers engine besides")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     print(f"Simulated, {PLACES} places")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dapo.config import io
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 SPREAD, SYNC = 0.25, 0.05
 ROOT = Path(__file__).resolve().parents[1]

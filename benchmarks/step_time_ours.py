@@ -19,7 +19,7 @@ from dapo.config import io as config_io
 from dapo.config.run import RunConfig
 from dapo.data.processor import PromptProcessor
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.rewards.pool import RewardPool
 from dapo.rollout.engine import Begun
 from dapo.runtime.actors import Trainer

@@ -3,7 +3,7 @@
     python -m benchmarks.weight_sync [--rounds 3] [--layers 4] [--json FILE]
 
 The tensors have the shapes of Qwen3-VL-2B's text model (4 of its 28 layers and the embeddings: 1.0 GB in bfloat16) in
-one process that is not sharded. What takes them copies them into tensors of its own, as the light engine does:
+one process that is not sharded. What takes them copies them into tensors of its own, as the transformers engine does:
 
 - copy: one `copy_` per tensor, within the process: the limit, for every tensor is read and written once at least.
 - same process: what a colocated engine gets, tensor by tensor.
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from dapo.model.tensors import SMALLEST_BUCKET, absolute_sum, checksum, fused_group
 from dapo.rollout.broadcast import Broadcast
-from dapo.rollout.same_host import Opener, SharedMemory
+from dapo.rollout.ipc import Opener, SharedMemory
 from dapo.rollout.transport import send_weights
 
 HIDDEN, INNER, QUERY, KEY, VOCABULARY = 2048, 6144, 2048, 1024, 151_936

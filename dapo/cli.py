@@ -98,7 +98,7 @@ def _add_run(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from dapo.config import io
-    from dapo.observe.layout import RunFolder
+    from dapo.observe.run_folder import RunFolder
     from dapo.plan import checks
     from dapo.plan.check import refuse
 
@@ -152,7 +152,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     import yaml
 
     from dapo.config import io
-    from dapo.observe.layout import run_id
+    from dapo.observe.run_folder import run_id
 
     config = io.load(arguments.config, arguments.overrides)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -183,8 +183,8 @@ def _check(config: object) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dapo.observe.layout import RunFolder
     from dapo.observe.report import write_report
+    from dapo.observe.run_folder import RunFolder
 
     print(write_report(RunFolder(_find_run(arguments))))
     return 0
@@ -192,7 +192,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from dapo.observe.journal import read
-    from dapo.observe.layout import RunFolder
+    from dapo.observe.run_folder import RunFolder
     from dapo.terminal import step_line
 
     root = Path(arguments.run_root)

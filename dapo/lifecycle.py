@@ -201,8 +201,8 @@ def _register(arguments: argparse.Namespace) -> int:
     from dapo.config import io
     from dapo.eval.models import checkpoint_of
     from dapo.eval.register import register
-    from dapo.observe.layout import RunFolder
     from dapo.observe.registry import one_sentence
+    from dapo.observe.run_folder import RunFolder
     from dapo.observe.shipper import tracking_uri
 
     place = arguments.checkpoint.resolve()

@@ -17,7 +17,7 @@ from rich.status import Status
 
 from dapo.config.run import RunConfig
 from dapo.observe.journal import Event, follow, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tasks.progress import Stage
 
 _PLAIN_EVERY_S = 10.0

@@ -22,9 +22,9 @@ from typing import Any
 from browser import Page, browser, find_browser
 
 from dapo.config import io
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime.cluster import free_port
-from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.telemetry import TELEMETRY_OFF
 
 PICTURES = Path(__file__).parent / "pictures"
 REPOSITORY = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def _server(command: list[str], env: dict[str, str], log: Path, health: str) -> 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=os.environ | NO_PHONE_HOME | env, stdout=output, stderr=output, start_new_session=True
+            command, env=os.environ | TELEMETRY_OFF | env, stdout=output, stderr=output, start_new_session=True
         )
     try:
         end_at = time.monotonic() + START_S

@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from dapo.config.run import RunConfig
-from dapo.runtime.training import already_finished
+from dapo.runtime.ray_job import already_finished
 from flows import names
 from flows.cancellation import stop_job
 from flows.parameters import DEFAULT_PATH, Overrides, resolve

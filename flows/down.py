@@ -8,7 +8,7 @@ from uuid import UUID
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import cluster
 from dapo.runtime.turn import TRAINING
 from flows.server import answers
@@ -56,7 +56,7 @@ def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
     cancelled: set[UUID] = set()
     if reachable:
         from flows.pool import cancel_waiting, following
-        from tasks.told import known
+        from tasks.journal_relay import known
 
         for pool in stack.pools:
             for run in cancel_waiting(pool):

@@ -19,7 +19,7 @@ from typing import Any
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime import cluster
-from dapo.runtime.training import already_finished
+from dapo.runtime.ray_job import already_finished
 from flows.server import TemporaryServer, prefect_server
 from tasks import inputs, progress
 

@@ -34,7 +34,7 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from dapo.runtime import processes
 from flows.cancellation import HOOKS
-from tasks.outage import patiently
+from tasks.outage import wait_through_outage
 from tasks.progress import best_effort
 
 log = logging.getLogger("dapo.flows")
@@ -100,7 +100,7 @@ def come_back(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
 
 def wait_for_server() -> None:
     """A flow's last word needs the server: without it a training that finished would be a flow run that crashed."""
-    patiently(lambda client: client.read_flow_run(UUID(this_run.id)), "the end of the flow")
+    wait_through_outage(lambda client: client.read_flow_run(UUID(this_run.id)), "the end of the flow")
 
 
 def _tell_place(flow_run_id: UUID) -> None:

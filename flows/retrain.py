@@ -29,8 +29,8 @@ from dapo.eval.gate import GateConfig
 from dapo.eval.models import BASE, checkpoint_of
 from dapo.eval.retrain import Split, measuring_config, require_split, training_config
 from dapo.files import write_whole
-from dapo.observe.layout import RunFolder
 from dapo.observe.registry import CHAMPION, ChampionChanged, ModelVersion, Registry
+from dapo.observe.run_folder import RunFolder
 from dapo.observe.shipper import tracking_uri
 from flows import names
 from flows.cancellation import retraining_file, stop_training

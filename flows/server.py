@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from dapo.errors import EnvironmentCheckError
 from dapo.runtime.cluster import free_port
-from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.leash import LeashedProcess
+from dapo.runtime.telemetry import TELEMETRY_OFF
 
 START_DEADLINE_S = 120.0
 # What `prefect` itself gives its temporary servers, and a memory of what it registered, so that it starts faster again.
@@ -76,7 +76,7 @@ class TemporaryServer:
         self.api, self.log = f"http://127.0.0.1:{port}/api", home / "server.log"
         os.environ.update(
             {
-                **NO_PHONE_HOME,
+                **TELEMETRY_OFF,
                 "PREFECT_HOME": str(home),
                 "PREFECT_API_URL": self.api,
                 "PREFECT_LOCAL_STORAGE_PATH": str(home.parent / ".results"),
@@ -113,7 +113,7 @@ def prefect_server(home: Path) -> Iterator[TemporaryServer | None]:
     """The temporary server, still starting (call its `wait`), or None where the configured one answers."""
     configured = configured_api()
     if answers(configured):
-        os.environ.update(NO_PHONE_HOME)
+        os.environ.update(TELEMETRY_OFF)
         yield None
         return
     server = TemporaryServer(home)

@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 import dapo
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError, EnvironmentCheckError
-from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.telemetry import TELEMETRY_OFF
+from flows.daemon import Service
 from flows.server import answers, configured_api
-from flows.services import Service
 
 Say = Callable[[str], None]
 Start = Callable[[], Callable[[], None]]
@@ -164,7 +164,7 @@ class Stack:
 
     def talk_to_server(self) -> None:
         """Before anything of Prefect is imported: its settings are read then."""
-        os.environ.update(NO_PHONE_HOME)
+        os.environ.update(TELEMETRY_OFF)
         os.environ["PREFECT_API_URL"] = self.api
 
     def _make_pools(self) -> None:
@@ -260,7 +260,7 @@ class Stack:
     def _env(self) -> dict[str, str]:
         """Of everything started here: this Python first, this server, nobody phoned."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **NO_PHONE_HOME, "PATH": path, "PREFECT_API_URL": self.api}
+        return {**os.environ, **TELEMETRY_OFF, "PATH": path, "PREFECT_API_URL": self.api}
 
 
 def _healthy(address: str) -> bool:

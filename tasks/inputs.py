@@ -22,8 +22,8 @@ from dapo.config.data import DataConfig
 from dapo.config.model import ModelSource
 from dapo.data.storage import Progress
 from dapo.errors import DapoError
-from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.leash import LeashedProcess, end_with_parent
+from dapo.runtime.telemetry import TELEMETRY_OFF
 
 Kind = Literal["data", "weights"]
 
@@ -37,7 +37,7 @@ class Making:
         self.kind = kind
         self._answer: dict[str, Any] = {}
         self._latest: tuple[int, int, str] | None = None
-        self._child = LeashedProcess("tasks.inputs", kind, str(cache), env=os.environ | NO_PHONE_HOME, piped=True)
+        self._child = LeashedProcess("tasks.inputs", kind, str(cache), env=os.environ | TELEMETRY_OFF, piped=True)
         assert self._child.stdin is not None
         self._child.stdin.write(settings.encode() + b"\n")
         self._child.stdin.flush()

@@ -10,8 +10,8 @@ from typing import Any
 from dapo.config.run import RunConfig
 from dapo.data.storage import Progress
 from dapo.eval.evaluate import EvaluationFolder, make_folder
+from dapo.eval.mlflow_records import log_evaluation
 from dapo.eval.models import Model
-from dapo.eval.record import log_evaluation
 from dapo.runtime.evaluation import evaluate
 from tasks import inputs
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 OUTAGE_S = 600.0
 
 
-def patiently(ask: Callable[[SyncPrefectClient], T], what: str) -> T:
+def wait_through_outage(ask: Callable[[SyncPrefectClient], T], what: str) -> T:
     """The server's answer, waited for through an outage of `OUTAGE_S` seconds; then raises what the client raised.
 
     Args:

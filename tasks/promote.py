@@ -25,7 +25,7 @@ def promote(config: RunConfig, challenger: int, champion: int | None, decision: 
         champion: version it was compared with; None: the base, which is not registered.
         decision: `promote`, `reasons`, `difference` and what else is to be kept; `promote: null` waits for a person.
     """
-    from dapo.eval.record import record_decision
+    from dapo.eval.mlflow_records import record_decision
     from dapo.observe.registry import Registry
     from dapo.observe.shipper import tracking_uri
 

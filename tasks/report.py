@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tasks.progress import Stage, artifact_key, best_effort, tell
 
 

@@ -23,11 +23,11 @@ from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe import manifest
 from dapo.observe.journal import follow, read
-from dapo.observe.layout import RunFolder
-from dapo.runtime.turn import Ahead
+from dapo.observe.run_folder import RunFolder
+from dapo.runtime.turn import ClusterHolder
+from tasks.journal_relay import JournalRelay, known
 from tasks.progress import Stage, best_effort, tell
-from tasks.told import Recorder, known
-from tasks.turn import GaveUp, Turn
+from tasks.turn import CancelledWhileWaiting, Turn
 from tasks.watch import CancelWatcher, LogStream, followed, only_follower
 
 STOP_GRACE_S = 25.0
@@ -54,16 +54,16 @@ def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
     from dapo.observe.shipper import Shipper
     from dapo.runtime.cluster import connect
     from dapo.runtime.mirror import require_unused
-    from dapo.runtime.training import TrainingJob, already_finished
+    from dapo.runtime.ray_job import RayJob, already_finished
 
     end = already_finished(config)
-    job = None if end else TrainingJob(connect(config), RunFolder.of(config), config)
+    job = None if end else RayJob(connect(config), RunFolder.of(config), config)
     if job is not None and config.train.resume == "never" and not job.running():
         if config.train.mirror:
             require_unused(config.train.mirror, RunFolder.of(config))
         put_aside(RunFolder.of(config))
     folder = make_folder(config, data, weights)
-    records = Recorder(folder, config)
+    records = JournalRelay(folder, config)
     shipper = Shipper(folder, config).start()
     turn = Turn()
     try:
@@ -83,7 +83,7 @@ def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
             if status == "stopped" or asked >= config.train.steps:
                 return status
             log.info("that job was asked for %d steps; now it is %d", asked, config.train.steps)
-    except GaveUp as told:
+    except CancelledWhileWaiting as told:
         return str(told)
     finally:
         records.finish()
@@ -97,7 +97,7 @@ def stopped(config: RunConfig) -> State[Any]:
     Raises:
         TrainingError: nobody asked; the controller gave up, and says why.
     """
-    from dapo.runtime.training import ended
+    from dapo.runtime.ray_job import ended
 
     folder = RunFolder.of(config)
     end = ended(folder)
@@ -114,14 +114,14 @@ def stop_running_job(config: RunConfig) -> None:
     Nothing happens where none runs, or where another flow run follows it.
     """
     from dapo.runtime.cluster import connect, find_local
-    from dapo.runtime.training import TrainingJob
+    from dapo.runtime.ray_job import RayJob
 
     if followed(RunFolder.of(config)):
         return
     cluster = connect(config) if config.ray.address else find_local(config)
     if cluster is None:
         return
-    job = TrainingJob(cluster, RunFolder.of(config), config)
+    job = RayJob(cluster, RunFolder.of(config), config)
     if found := job.running():
         job.id = found
         if config.ray.cancel != "now":
@@ -173,7 +173,7 @@ def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
     return folder
 
 
-def _follow(job: Any, records: Recorder, turn: Turn, log: Any) -> str:
+def _follow(job: Any, records: JournalRelay, turn: Turn, log: Any) -> str:
     """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
     stream = LogStream(records.folder.job_log, log)
     stop = _Stop(job)
@@ -203,10 +203,10 @@ def _follow(job: Any, records: Recorder, turn: Turn, log: Any) -> str:
 
 def _take_all(
     job: Any,
-    records: Recorder,
+    records: JournalRelay,
     idle: Callable[[], None],
     asked_to_stop: Callable[[], bool],
-    waiting: Callable[[Ahead], None] = lambda ahead: None,
+    waiting: Callable[[ClusterHolder], None] = lambda ahead: None,
 ) -> str:
     """`finished`, or `stopped`: so is also a job that failed when it was asked to stop, and is not started again."""
     status = "stopped"

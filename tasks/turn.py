@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from dapo.runtime.turn import Ahead
+from dapo.runtime.turn import ClusterHolder
 from tasks.progress import Stage, best_effort, tell
 from tasks.watch import CancelWatcher
 
@@ -20,7 +20,7 @@ WAITING = "waiting"
 _TOLD_AGAIN_S, _AT_MOST_S = 60.0, 900.0
 
 
-class GaveUp(Exception):
+class CancelledWhileWaiting(Exception):
     """The flow run was cancelled while it waited."""
 
 
@@ -35,12 +35,12 @@ class Turn:
         self._watch: CancelWatcher | None = None
         self._job, self._told, self._pause = "", 0.0, _TOLD_AGAIN_S
 
-    def __call__(self, ahead: Ahead) -> None:
-        """Raises GaveUp where the flow run was cancelled."""
+    def __call__(self, ahead: ClusterHolder) -> None:
+        """Raises CancelledWhileWaiting where the flow run was cancelled."""
         if self._watch is None:
             self._watch = CancelWatcher(*self._ids, every_s=3.0).__enter__()
         if self._watch.cancelled.is_set():
-            raise GaveUp(f"cancelled while it waited for {ahead}")
+            raise CancelledWhileWaiting(f"cancelled while it waited for {ahead}")
         if ahead.job != self._job:
             self._job, self._pause = ahead.job, _TOLD_AGAIN_S
         elif time.monotonic() - self._told < self._pause:

@@ -17,7 +17,7 @@ from uuid import UUID
 from filelock import FileLock, Timeout
 from prefect.runtime import flow_run
 
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tasks.progress import best_effort
 
 log = logging.getLogger("dapo.tasks")

@@ -17,7 +17,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError, EngineError, EnvironmentCheckError, TrainingError
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "geo3k_tiny.yaml")

@@ -22,7 +22,7 @@ from dapo.algo.revisit import Revisits
 from dapo.algo.verdict import Verdict, classify
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
-from dapo.records import group_from_plain, group_to_plain
+from dapo.serialize import group_from_plain, group_to_plain
 from dapo.types import Crashed, RolloutGroup, Scored, TimedOut, Truncated
 
 # The keep rate forgets half of what it saw after so many steps' worth of prompts: about two steps of generation.

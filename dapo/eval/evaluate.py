@@ -24,7 +24,7 @@ from dapo.observe.manifest import code_digest
 from dapo.types import RolloutGroup
 
 MEASURING_CODE = (
-    *("algo/batch.py", "data", "eval/estimate.py", "eval/results.py", "model", "records.py", "rewards", "rollout"),
+    *("algo/batch.py", "data", "eval/estimate.py", "eval/results.py", "model", "serialize.py", "rewards", "rollout"),
     *("runtime/evaluation_job.py", "runtime/generation.py", "runtime/prompts.py", "types.py"),
 )
 """What turns weights and prompts into verdicts."""

@@ -15,8 +15,8 @@ from dapo.data.fetch import weights_key
 from dapo.data.remote import is_url
 from dapo.errors import ConfigError, WeightsError
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
 from dapo.observe.registry import Registry
+from dapo.observe.run_folder import RunFolder
 from dapo.observe.shipper import tracking_uri
 
 BASE = "base"

@@ -17,8 +17,8 @@ from dapo.errors import ConfigError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.eval.models import digest_of
 from dapo.observe import manifest
-from dapo.observe.layout import REGISTERED, RunFolder
 from dapo.observe.registry import ModelVersion, Registry, logged_model
+from dapo.observe.run_folder import REGISTERED, RunFolder
 from dapo.observe.shipper import experiment_id, tracking_uri
 
 

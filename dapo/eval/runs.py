@@ -16,7 +16,7 @@ import yaml
 from dapo.errors import ConfigError
 from dapo.eval import results
 from dapo.eval.artifacts import Artifacts
-from dapo.eval.record import EVALUATION, KIND, SET, SOURCE_RUN
+from dapo.eval.mlflow_records import EVALUATION, KIND, SET, SOURCE_RUN
 from dapo.eval.results import PromptResult
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import io
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 PACKAGES = (
     "torch",
@@ -31,7 +31,7 @@ PACKAGES = (
 )
 
 TRAINING_CODE = (
-    *("algo", "config", "data", "device.py", "model", "plan", "records.py", "rewards", "rollout", "runtime", "train"),
+    *("algo", "config", "data", "device.py", "model", "plan", "serialize.py", "rewards", "rollout", "runtime", "train"),
     "types.py",
 )
 """Rooms of the package that decide what is learned."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 
 def page(folder: RunFolder) -> str | None:

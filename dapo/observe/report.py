@@ -14,7 +14,7 @@ from dapo.files import write_whole
 from dapo.observe import manifest
 from dapo.observe.curves import CHARTS, draw
 from dapo.observe.journal import Event, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 SAMPLES = 12
 

@@ -22,7 +22,7 @@ from dapo.config.run import RunConfig
 from dapo.files import write_whole
 from dapo.observe import manifest
 from dapo.observe.journal import Event, follow, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

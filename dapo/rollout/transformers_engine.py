@@ -1,4 +1,4 @@
-"""The light engine: real transformers modules, our own decode loop. Needs nothing that training does not need.
+"""The transformers engine: real transformers modules, our own decode loop. Needs nothing that training does not need.
 
 A prompt and its images are encoded once for all its samples, finished rows leave the batch, and a request's random
 stream depends on (seed, prompt id, sample) alone.
@@ -17,12 +17,12 @@ from torch import Tensor
 from dapo import torchvision_cpu
 from dapo.errors import EngineError, WeightsError
 from dapo.model.tensors import absolute_sum
-from dapo.rollout.checks import check_completion, kept_sums
+from dapo.rollout.decode_batch import DecodeBatch, Job, Response, make_jobs
 from dapo.rollout.decoder import Cache, Decoder
 from dapo.rollout.engine import Begun, collected, prompts_needed
+from dapo.rollout.routed_experts import RoutedExperts
 from dapo.rollout.sampling import Sampler, request_seed, uniforms
-from dapo.rollout.told_experts import ToldExperts
-from dapo.rollout.wave import Job, Response, WaveLog, make_jobs
+from dapo.rollout.verification import check_completion, kept_sums
 from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TransformersEngine:
         dtype: of weights and cache.
         max_num_seqs: sequences decoded together.
         kv_cache_mib: upper bound of the key-value cache; fewer sequences are decoded together where it would not fit.
-        tell_experts: completions say which experts were chosen (`Completion.experts`).
+        return_routed_experts: completions say which experts were chosen (`Completion.experts`).
 
     Raises:
         WeightsError: the folder holds no such model.
@@ -56,7 +56,7 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         max_num_seqs: int = 256,
         kv_cache_mib: int = 256,
-        tell_experts: bool = False,
+        return_routed_experts: bool = False,
     ) -> None:
         self.processor = processor
         self.device = torch.device(device)
@@ -66,7 +66,7 @@ class TransformersEngine:
         text = getattr(body, "language_model", body)
         self._visual = getattr(body, "visual", None)
         self._decoder = Decoder(text, self.model.lm_head, multimodal=self._visual is not None)
-        self._experts = ToldExperts(self.model) if tell_experts else None
+        self._experts = RoutedExperts(self.model) if return_routed_experts else None
         self._weights = dict(self.model.state_dict())
         self._sums: dict[str, float] = {}
         self.vocab_size = int(self.model.lm_head.weight.shape[0])
@@ -169,7 +169,7 @@ class TransformersEngine:
         stop[[i for i in params.stop_token_ids if 0 <= i < self.vocab_size]] = True
         table = self._decoder.angles(self._positions(int(cache.positions.max()) + longest))
         limits = torch.tensor([job.limit for job in wave for _ in job.samples], device=self.device)
-        log = WaveLog(limits, stop)
+        log = DecodeBatch(limits, stop)
         uniform, writing = torch.empty(0, 0), len(seeds)
         for index in range(longest):
             column = index % 64

@@ -1,7 +1,7 @@
 """Weights on their way into another process: one stream of buckets, whatever carries them.
 
 A bucket is some whole tensors side by side in one piece of memory, and a header that says which. Two carriers:
-`dapo.rollout.same_host` (another process of this machine) and `dapo.rollout.broadcast` (other devices, other machines).
+`dapo.rollout.ipc` (another process of this machine) and `dapo.rollout.broadcast` (other devices, other machines).
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from torch import Tensor
 from dapo.errors import ConfigError, EngineError
 from dapo.model.tensors import SMALLEST_BUCKET
 from dapo.rollout import ascend
-from dapo.rollout.checks import agreed_sums
 from dapo.rollout.engine import Begun, collected
-from dapo.rollout.same_host import CudaIpc, SharedMemory
-from dapo.rollout.told_experts import expert_layers
+from dapo.rollout.ipc import CudaIpc, SharedMemory
+from dapo.rollout.routed_experts import expert_layers
 from dapo.rollout.transport import Carrier, send_weights
+from dapo.rollout.verification import agreed_sums
 from dapo.rollout.vllm_core import CoreWatch, child_processes
 from dapo.rollout.vllm_process import start_vllm, stop_vllm
 from dapo.rollout.vllm_requests import Requests
@@ -51,7 +51,7 @@ class VllmEngine:
         chunked_prefill: on accelerators; vLLM on CPU cannot, with a seed per request.
         max_images: per prompt.
         answer_s: how long an engine in a process of its own may be silent before it is killed.
-        tell_experts: completions say which experts were chosen (`Completion.experts`); not on CPU.
+        return_routed_experts: completions say which experts were chosen (`Completion.experts`); not on CPU.
 
     Raises:
         ConfigError: vLLM is not installed, or refuses these arguments, or they are known to crash it.
@@ -74,7 +74,7 @@ class VllmEngine:
         eager: bool = True,
         separate_process: bool = False,
         max_images: int = 4,
-        tell_experts: bool = False,
+        return_routed_experts: bool = False,
         answer_s: float = 600.0,
     ) -> None:
         self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
@@ -83,7 +83,7 @@ class VllmEngine:
                 f"rollout.expert_parallel=true with rollout.tensor_parallel={tensor_parallel}: vLLM's kernel for CPU "
                 "ignores which experts a rank holds and crashes; use rollout.expert_parallel=false there"
             )
-        if tell_experts and self.platform == "cpu":
+        if return_routed_experts and self.platform == "cpu":
             raise ConfigError(
                 "rollout.router_replay=true: vLLM on CPU does not tell which experts it chose (its model runner there "
                 "has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
@@ -110,7 +110,7 @@ class VllmEngine:
             "use_tqdm_on_load": False,
         }
         self._expert_layers: Sequence[int] = ()
-        if tell_experts:
+        if return_routed_experts:
             self._expert_layers = expert_layers(Path(weights))
             arguments["enable_return_routed_experts"] = True
         if processor.has_images:
@@ -165,7 +165,7 @@ class VllmEngine:
             eager=rollout.eager,
             separate_process=rollout.separate_process,
             answer_s=rollout.deadline_s / 3,  # in time to be started again before the round's deadline ends the job
-            tell_experts=rollout.router_replay,
+            return_routed_experts=rollout.router_replay,
         )
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:

@@ -16,7 +16,7 @@ import torch
 
 from dapo import torchvision_cpu
 from dapo.errors import ConfigError
-from dapo.rollout.same_host import SHARED_MEMORY, WEIGHTS_FILE
+from dapo.rollout.ipc import SHARED_MEMORY, WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from dapo.errors import EngineError
-from dapo.rollout.checks import check_completion
 from dapo.rollout.engine import Begun, prompts_needed
+from dapo.rollout.routed_experts import experts_of
 from dapo.rollout.sampling import request_seed
-from dapo.rollout.told_experts import experts_of
+from dapo.rollout.verification import check_completion
 from dapo.types import Completion, Finished, FinishReason, Prompt, SamplingParams
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dapo.errors import EngineError
 from dapo.model.tensors import FUSED, absolute_sum, fused_group
-from dapo.rollout.checks import kept_sums
-from dapo.rollout.same_host import Opener
+from dapo.rollout.ipc import Opener
+from dapo.rollout.verification import kept_sums
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.(?P<part>gate|up|down)_proj\.weight$")
 

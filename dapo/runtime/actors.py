@@ -94,7 +94,7 @@ class Trainer(_Actor):
         self.check_start()
         torchvision_cpu.install()  # before the imports below bring in transformers
         from dapo.data.processor import PromptProcessor
-        from dapo.rollout.choice import make_engine
+        from dapo.rollout.factory import make_engine
         from dapo.train.fsdp_policy import FsdpPolicy
         from dapo.train.sync import WeightSync
 
@@ -130,7 +130,7 @@ class Trainer(_Actor):
         return self.policy.update(batch, plan, index)
 
     def sync(self, version: int) -> dict[str, float]:
-        from dapo.rollout.checks import compare_fingerprints
+        from dapo.rollout.verification import compare_fingerprints
 
         sent = self.weight_sync.send(lambda weights, unchanged: self.engine.update_weights(weights, version, unchanged))
         compare_fingerprints(trainer=sent.fingerprint, engine=self.engine.fingerprint())
@@ -184,7 +184,7 @@ class Generator(_Actor):
 
         from dapo import device as devices
         from dapo.data.processor import PromptProcessor
-        from dapo.rollout.choice import make_engine
+        from dapo.rollout.factory import make_engine
         from dapo.train.parallel import BACKENDS
 
         kind = devices.resolve(self.config.device)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dapo.data.storage import sha256_of
 from dapo.errors import CheckpointError, DapoError
 from dapo.observe.journal import Journal
-from dapo.observe.layout import REGISTERED, RunFolder
+from dapo.observe.run_folder import REGISTERED, RunFolder
 
 if TYPE_CHECKING:
     from dapo.train.policy import Policy

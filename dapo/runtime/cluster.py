@@ -20,11 +20,11 @@ from pathlib import Path
 
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
-from dapo.observe.layout import run_id
+from dapo.observe.run_folder import run_id
 from dapo.runtime import processes
 from dapo.runtime.dashboard import Dashboard, DashboardAway
-from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.head import LiveJob, LocalHead, answering, forget, jobs, locked, remember, remembered
+from dapo.runtime.telemetry import TELEMETRY_OFF
 
 START_DEADLINE_S = 120.0
 _OBJECT_STORE_BYTES = 200_000_000  # weights do not pass through it on one machine; Ray's default takes 30 % of memory
@@ -179,7 +179,7 @@ def _start(place: Path, config: RunConfig, users: tuple[int, ...]) -> Dashboard:
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         f"--temp-dir={temp_dir}",
     ]
-    env = _clean(os.environ) | NO_PHONE_HOME | dict(config.ray.preload)
+    env = _clean(os.environ) | TELEMETRY_OFF | dict(config.ray.preload)
     env |= {
         _MARK: head.mark,
         "RAY_AUTH_MODE": "token",

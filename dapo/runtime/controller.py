@@ -29,13 +29,13 @@ from dapo.errors import EngineError, RunStopped, StarvationError
 from dapo.eval import results
 from dapo.eval.samples_table import table_rows
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
 from dapo.observe.metrics import speed_metrics, step_metrics
+from dapo.observe.run_folder import RunFolder
 from dapo.plan.packing import CostModel, plan_packs
 from dapo.runtime import checkpoints
 from dapo.runtime.delivery import WeightDelivery
 from dapo.runtime.dynamic_sampling import DynamicSampling
-from dapo.runtime.generation import EngineDoor, Generation, RewardDoor, TextDoor, refuse_broken_reward
+from dapo.runtime.generation import EngineClient, Generation, Grader, TextCodec, refuse_broken_reward
 from dapo.runtime.mirror import Mirror
 from dapo.train.policy import SyncedPolicy, UpdateResult
 from dapo.types import Prompt, RolloutGroup
@@ -65,11 +65,11 @@ class Controller:
         folder: RunFolder,
         journal: Journal,
         policy: SyncedPolicy,
-        engine: EngineDoor,
-        rewards: RewardDoor,
+        engine: EngineClient,
+        rewards: Grader,
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
-        text: TextDoor,
+        text: TextCodec,
         cost: CostModel | None = None,
         mirror: Mirror | None = None,
     ) -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError
 from dapo.observe.journal import Journal, read
-from dapo.rollout.checks import check_probe, default_tolerance
-from dapo.runtime.generation import EngineDoor
+from dapo.rollout.verification import check_probe, default_tolerance
+from dapo.runtime.generation import EngineClient
 from dapo.runtime.proof import probe
 from dapo.train.policy import SyncedPolicy
 from dapo.types import Prompt, SamplingParams
@@ -35,7 +35,7 @@ class WeightDelivery:
         config: RunConfig,
         journal: Journal,
         policy: SyncedPolicy,
-        engine: EngineDoor,
+        engine: EngineClient,
         held_out: Sequence[Prompt],
         sampling: Callable[[], SamplingParams],
     ) -> None:

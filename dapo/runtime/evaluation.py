@@ -15,11 +15,11 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError
 from dapo.eval.evaluate import EvaluationFolder
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime.dashboard import TERMINAL, Dashboard, DashboardAway, UnknownJob
-from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.leash import LeashedProcess
-from dapo.runtime.turn import EVALUATION, Ahead, live_jobs, takes_turn
+from dapo.runtime.telemetry import TELEMETRY_OFF
+from dapo.runtime.turn import EVALUATION, ClusterHolder, live_jobs, takes_turn
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def stop_jobs(config: RunConfig, owner: str) -> None:
 
 
 def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -> None:
-    env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **NO_PHONE_HOME, **config.ray.env}
+    env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **TELEMETRY_OFF, **config.ray.env}
     child = LeashedProcess("dapo.runtime.leash", JOB, str(folder.root), env=env, log=folder.log)
     try:
         _watch(folder, config, progress, lambda: folder.done or child.poll() is not None)
@@ -100,10 +100,10 @@ def _run_here(folder: EvaluationFolder, config: RunConfig, progress: Progress) -
 def _run_as_ray_job(
     cluster: Dashboard, folder: EvaluationFolder, config: RunConfig, progress: Progress, owner: str
 ) -> None:
-    from dapo.runtime.training import TrainingJob
+    from dapo.runtime.ray_job import RayJob
 
     run, entrypoint, turn = RunFolder(folder.root), ("-m", JOB), takes_turn(config, cluster)
-    job = TrainingJob(cluster, run, config, entrypoint=entrypoint, kind=EVALUATION, turn=turn, owner=owner)
+    job = RayJob(cluster, run, config, entrypoint=entrypoint, kind=EVALUATION, turn=turn, owner=owner)
     job.start(_waiting(progress))
 
     def ended() -> bool:
@@ -123,11 +123,11 @@ def _run_as_ray_job(
         job.keep_output()
 
 
-def _waiting(progress: Progress) -> Callable[[Ahead], None]:
+def _waiting(progress: Progress) -> Callable[[ClusterHolder], None]:
     """Says for whom, at once and then more and more rarely."""
     told, pause_s = float("-inf"), 0.0
 
-    def waiting(ahead: Ahead) -> None:
+    def waiting(ahead: ClusterHolder) -> None:
         nonlocal told, pause_s
         if time.monotonic() - told > pause_s:
             told, pause_s = time.monotonic(), min(2 * pause_s + 60.0, 900.0)

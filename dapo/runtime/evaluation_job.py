@@ -27,9 +27,9 @@ from dapo.eval import results
 from dapo.eval.evaluate import EvaluationFolder, measure
 from dapo.eval.page import write_evaluation
 from dapo.files import write_whole
-from dapo.records import group_from_plain, group_to_plain
 from dapo.runtime.evaluation import on_ray
-from dapo.runtime.generation import Generation, Streams, refuse_broken_reward
+from dapo.runtime.generation import Generation, StreamingEngine, refuse_broken_reward
+from dapo.serialize import group_from_plain, group_to_plain
 from dapo.types import Prompt, RolloutGroup
 
 log = logging.getLogger("dapo.evaluation")
@@ -98,11 +98,11 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
 
 
 @contextmanager
-def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[Streams]:
+def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[StreamingEngine]:
     """The engine in this process, or the workers of a cluster."""
     if not on_ray(config):
         from dapo import device
-        from dapo.rollout.choice import make_engine
+        from dapo.rollout.factory import make_engine
 
         engine = make_engine(config, weights, processor, device.torch_device(device.resolve(config.device)))
         yield engine
@@ -110,7 +110,7 @@ def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[Stream
         return
     import ray
 
-    from dapo.runtime.doors import RayEngine
+    from dapo.runtime.ray_clients import RayEngine
     from dapo.runtime.workers import Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)

@@ -11,18 +11,18 @@ from typing import Any, Protocol
 from dapo.algo.batch import judged
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError, RewardError
-from dapo.records import completion_from_plain, completion_to_plain, prompt_from_plain, prompt_to_plain
 from dapo.rollout.engine import Begun
+from dapo.serialize import completion_from_plain, completion_to_plain, prompt_from_plain, prompt_to_plain
 from dapo.types import Completion, Finished, Outcome, Prompt, Rollout, RolloutGroup, SamplingParams
 
 
-class Streams(Protocol):
+class StreamingEngine(Protocol):
     """What rounds need of the engines."""
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]: ...
 
 
-class EngineDoor(Streams, Protocol):
+class EngineClient(StreamingEngine, Protocol):
     """What the controller needs of the engines: `RayEngine`, or any one `Engine` with `restart`."""
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
@@ -31,7 +31,7 @@ class EngineDoor(Streams, Protocol):
     def wake(self) -> bool: ...
 
 
-class RewardDoor(Protocol):
+class Grader(Protocol):
     """`dapo.rewards.pool.RewardPool`, or anything that judges (response, answer) pairs in order."""
 
     replaced: int
@@ -40,7 +40,7 @@ class RewardDoor(Protocol):
     def score(self, items: Sequence[tuple[str, str]]) -> Sequence[Outcome]: ...
 
 
-class TextDoor(Protocol):
+class TextCodec(Protocol):
     """What rounds need of `dapo.data.processor.PromptProcessor`."""
 
     @property
@@ -106,9 +106,9 @@ class Generation:
     def __init__(
         self,
         config: RunConfig,
-        engine: Streams,
-        rewards: RewardDoor,
-        text: TextDoor,
+        engine: StreamingEngine,
+        rewards: Grader,
+        text: TextCodec,
         *,
         restart: Callable[[EngineError], object],
         phase: Callable[[str], AbstractContextManager[None]],

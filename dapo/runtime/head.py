@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from dapo.errors import EnvironmentCheckError
 from dapo.files import write_whole
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import processes
 from dapo.runtime.dashboard import Dashboard, DashboardAway
 from dapo.runtime.turn import EVALUATION, TRAINING, live_jobs

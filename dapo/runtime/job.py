@@ -24,7 +24,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import DapoError
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.plan.flops import ModelFlops
 from dapo.plan.packing import CostModel
 
@@ -70,8 +70,8 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
     journal.append("progress", _last_step(folder), phase="loading", done=0, total=config.train.steps)
 
     from dapo.rewards.pool import RewardPool
-    from dapo.runtime.doors import RayEngine, RayPolicy
     from dapo.runtime.mirror import Mirror
+    from dapo.runtime.ray_clients import RayEngine, RayPolicy
     from dapo.runtime.workers import Workers
 
     ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from dapo.data.remote import RemoteFolder
 from dapo.data.retry import attempt, short
 from dapo.errors import CheckpointError, ConfigError
-from dapo.observe.layout import REGISTERED, RunFolder
+from dapo.observe.run_folder import REGISTERED, RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.checkpoints import MANIFEST
 

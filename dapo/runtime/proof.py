@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dapo.plan.packing import plan_packs
-from dapo.rollout.checks import ProbeGap, probe_gap
+from dapo.rollout.verification import ProbeGap, probe_gap
 from dapo.train.policy import Policy
 from dapo.types import Completion, Prompt, SamplingParams, TrainBatch, TrainGroup, TrainSequence
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 from dapo.config.run import RunConfig
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime.dashboard import TERMINAL, Dashboard
 
 TRAINING = "training"
@@ -31,7 +31,7 @@ TAKEN = "taken"
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class ClusterHolder:
     """The training or evaluation that has the cluster."""
 
     job: str
@@ -80,7 +80,7 @@ def takes_turn(config: RunConfig, cluster: Dashboard) -> bool:
     return any(node["resources_total"].get(kind) for node in cluster.nodes() for kind in ("GPU", "NPU"))
 
 
-def ahead(cluster: Dashboard, run: RunFolder, job: str = "") -> Ahead | None:
+def cluster_holder(cluster: Dashboard, run: RunFolder, job: str = "") -> ClusterHolder | None:
     """Whom `run` has to wait for; None where the cluster is free, or has this run itself.
 
     Args:
@@ -94,7 +94,7 @@ def ahead(cluster: Dashboard, run: RunFolder, job: str = "") -> Ahead | None:
         return None
     first = others[0]
     folder = RunFolder(Path(first["metadata"]["folder"]))
-    return Ahead(first["submission_id"], folder, first["start_time"] / 1000)
+    return ClusterHolder(first["submission_id"], folder, first["start_time"] / 1000)
 
 
 @contextlib.contextmanager

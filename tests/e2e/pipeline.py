@@ -14,7 +14,7 @@ from pathlib import Path
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.observe.journal import Event, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dapo.runtime import processes
 from dapo.runtime.cluster import free_port
-from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.telemetry import TELEMETRY_OFF
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -34,7 +34,7 @@ class Servers:
         self.api, self.mlflow = f"http://127.0.0.1:{free_port()}/api", f"http://127.0.0.1:{free_port()}"
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "RAY_"))}
         self.env = ours | {
-            **NO_PHONE_HOME,
+            **TELEMETRY_OFF,
             "HOME": str(home),
             "TEST_MARK": self.mark,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

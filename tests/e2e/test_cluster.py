@@ -16,7 +16,7 @@ import pytest
 from dapo.observe.shipper import tracking_uri
 from dapo.runtime.cluster import free_port
 from dapo.runtime.dashboard import Dashboard, DashboardAway
-from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.telemetry import TELEMETRY_OFF
 from tests.e2e.pipeline import Pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -34,7 +34,7 @@ def cluster():
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={address.rpartition(':')[2]}", "--num-cpus=2"]
     command += ["--dashboard-agent-listen-port=0", "--object-store-memory=200000000", "--min-worker-port=0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-    env |= NO_PHONE_HOME | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, MARK: mark}
+    env |= TELEMETRY_OFF | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, MARK: mark}
     env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     log = Path(place) / "head.log"
     with log.open("w") as output:

@@ -15,7 +15,7 @@ import pytest
 
 from dapo.config import io
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import processes
 from dapo.runtime.cluster import free_port
 from tests.e2e.pipeline import REPOSITORY, SMALL

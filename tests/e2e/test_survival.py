@@ -15,7 +15,7 @@ import pytest
 
 from dapo.config import io
 from dapo.observe.journal import Event, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tests.e2e.pipeline import SMALL, processes_with
 from tests.e2e.servers import REPOSITORY, Servers
 

@@ -10,7 +10,7 @@ from dapo.config.run import RunConfig
 from dapo.eval import results
 from dapo.observe import manifest
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.observe.shipper import Shipper
 from dapo.runtime import checkpoints
 from tests.eval.verdicts import many

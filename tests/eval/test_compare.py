@@ -10,8 +10,8 @@ from dapo.eval import results
 from dapo.eval.compare import compare, course, differences, equal_points
 from dapo.eval.comparison_page import markdown, write_comparison
 from dapo.eval.evaluate import make_folder, measure
+from dapo.eval.mlflow_records import log_evaluation
 from dapo.eval.models import Model
-from dapo.eval.record import log_evaluation
 from dapo.eval.runs import read_runs
 from dapo.observe.shipper import connect, tracking_uri
 from tests.eval.remembered import make_run

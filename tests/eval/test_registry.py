@@ -10,11 +10,11 @@ from dapo.config import io
 from dapo.errors import ConfigError, WeightsError
 from dapo.eval import models
 from dapo.eval.gate import GateConfig, decide
-from dapo.eval.record import record_decision
+from dapo.eval.mlflow_records import record_decision
 from dapo.eval.register import register
 from dapo.eval.retrain import measuring_config, occasion, training_config
-from dapo.observe.layout import REGISTERED
 from dapo.observe.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from dapo.observe.run_folder import REGISTERED
 from dapo.observe.shipper import Shipper, tracking_uri
 from dapo.runtime import checkpoints
 from tests.eval.remembered import save_checkpoint

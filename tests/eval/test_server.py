@@ -18,7 +18,7 @@ from dapo.eval.runs import read_runs
 from dapo.observe.registry import CHAMPION, PREVIOUS, Registry
 from dapo.observe.shipper import Shipper, connect
 from dapo.runtime.cluster import free_port
-from dapo.runtime.environment import NO_PHONE_HOME
+from dapo.runtime.telemetry import TELEMETRY_OFF
 from tests.eval.remembered import make_run, save_checkpoint
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
@@ -32,7 +32,7 @@ def serving(root, database, *artifacts):
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{database}", *artifacts]
-    env = os.environ | NO_PHONE_HOME | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = os.environ | TELEMETRY_OFF | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (root / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=root)
     uri = f"http://127.0.0.1:{port}"

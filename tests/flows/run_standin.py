@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from dapo.cli import main
-from dapo.runtime import training
+from dapo.runtime import ray_job
 
-training.TrainingJob.__init__.__kwdefaults__["entrypoint"] = (str(Path(__file__).parent / "standin_job.py"),)
+ray_job.RayJob.__init__.__kwdefaults__["entrypoint"] = (str(Path(__file__).parent / "standin_job.py"),)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dapo.config import io
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 
 def main() -> int:

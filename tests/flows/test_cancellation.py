@@ -17,7 +17,7 @@ from dapo.config import io
 from dapo.runtime.turn import EVALUATION
 from flows.cancellation import HOOKS
 from tests.flows.conftest import standin_tree
-from tests.flows.test_training_job import job_of, make_run
+from tests.flows.test_ray_job import job_of, make_run
 
 
 @pytest.mark.parametrize("name", ["evaluate", "retrain"])

@@ -79,10 +79,10 @@ def test_settings_phone_nobody():
     settings = tomllib.loads((ROOT / "prefect.toml").read_text())
     assert settings["server"]["analytics_enabled"] is False
     env = WHOLE["definitions"]["work_pool"]["job_variables"]["env"]
-    from dapo.runtime.environment import NO_PHONE_HOME
+    from dapo.runtime.telemetry import TELEMETRY_OFF
 
     assert {k: v for k, v in env.items() if not k.startswith("PREFECT_FLOWS_")} == {
-        k: v for k, v in NO_PHONE_HOME.items() if k in env
+        k: v for k, v in TELEMETRY_OFF.items() if k in env
     }
 
 

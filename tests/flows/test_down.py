@@ -13,10 +13,10 @@ from prefect.client.orchestration import get_client
 from prefect.states import Completed, Pending, Running
 
 from dapo.errors import TrainingError
-from dapo.runtime.training import ended
+from dapo.runtime.ray_job import ended
 from flows import down
 from flows.up import Stack
-from tests.flows.test_training_job import job_of, make_run
+from tests.flows.test_ray_job import job_of, make_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -13,7 +13,7 @@ from dapo.errors import ConfigError
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.shipper import connect, tracking_uri
 from dapo.runtime import cluster
-from tests.flows.test_training_job import job_of, make_run
+from tests.flows.test_ray_job import job_of, make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_api")]
 

@@ -12,8 +12,8 @@ import pytest
 from dapo.config import io
 from dapo.errors import EnvironmentCheckError, TrainingError
 from dapo.observe.journal import read
-from dapo.observe.layout import RunFolder
-from dapo.runtime import cluster, training
+from dapo.observe.run_folder import RunFolder
+from dapo.runtime import cluster, ray_job
 from tests.flows.conftest import HERE, standin_tree
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -26,10 +26,10 @@ def root(shared, ray):
 
 @pytest.fixture(autouse=True)
 def _standin(monkeypatch):
-    defaults = training.TrainingJob.__init__.__kwdefaults__
+    defaults = ray_job.RayJob.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "entrypoint", (str(HERE / "standin_job.py"),))
     monkeypatch.setitem(defaults, "back_off_s", (0.1,))
-    monkeypatch.setattr(training, "STATUS_EVERY_S", 0.5)
+    monkeypatch.setattr(ray_job, "STATUS_EVERY_S", 0.5)
 
 
 def run(config, **options):
@@ -159,7 +159,7 @@ def test_job_found_running_is_followed_from_where_the_last_flow_stopped(root):
     from tasks.train import make_folder
 
     folder = make_folder(config, root, root)
-    job = training.TrainingJob(cluster.connect(config), folder, config)
+    job = ray_job.RayJob(cluster.connect(config), folder, config)
     assert job.start()
     for event, offset in job.follow():
         if event.kind == "validation" and event.step == 2:
@@ -176,7 +176,7 @@ def test_more_steps_asked_of_a_running_job_are_done_when_it_ends(root):
     from tasks.train import make_folder
 
     folder = make_folder(config, root, root)
-    assert training.TrainingJob(cluster.connect(config), folder, config).start()
+    assert ray_job.RayJob(cluster.connect(config), folder, config).start()
     while not folder.journal.exists():
         time.sleep(0.1)
     assert run(config, overrides={"train.steps": 6}).result() == "finished"

@@ -22,7 +22,7 @@ from prefect.states import Cancelling, Crashed, Pending, Running
 from dapo.config import io
 from dapo.errors import ConfigError
 from dapo.observe.journal import follow
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import processes
 from flows import recovery
 from tests.flows.conftest import standin_tree
@@ -223,11 +223,11 @@ def told_run(tmp_path):
 
 def follower(folder, config, lose=()):
     """A flow that tells Prefect everything; task runs named in `lose` vanish from the server before it asks."""
-    from tasks.told import Recorder
+    from tasks.journal_relay import JournalRelay
 
     @flow(name="follower")
     def follow_it():
-        records = Recorder(folder, config)
+        records = JournalRelay(folder, config)
         for event, offset in follow(folder.journal, records.offset):
             records.take(event, offset)
         with get_client(sync_client=True) as client:
@@ -263,7 +263,7 @@ EVERYTHING = [*(f"log_checkpoint-step-{s}" for s in (2, 4)), *(f"record_validati
 
 
 def test_what_the_server_lost_is_told_again_and_what_it_has_is_not(told_run, monkeypatch):
-    monkeypatch.setattr("tasks.told._LOST_S", 1.0)
+    monkeypatch.setattr("tasks.journal_relay._LOST_S", 1.0)
     folder, config = told_run
     first = follower(folder, config, lose=["record_validation-step-2"])
     assert completed(first) == EVERYTHING

@@ -9,9 +9,9 @@ import pytest
 
 from dapo.config import io
 from dapo.errors import EnvironmentCheckError
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import cluster, head, processes
-from dapo.runtime.training import TrainingJob
+from dapo.runtime.ray_job import RayJob
 from tests.flows.conftest import standin_tree
 
 SLEEP = ("-c", "import time; print('up', flush=True); time.sleep(600)")
@@ -37,7 +37,7 @@ def test_nobody_ends_a_silent_ray_on_which_a_training_runs(ray, shared, silent, 
     config = io.validate(standin_tree(shared, "quiet"))
     run = RunFolder.of(config)
     run.root.mkdir(parents=True)
-    job = TrainingJob(ray, run, config, entrypoint=(*SLEEP, "dapo.runtime.job"))
+    job = RayJob(ray, run, config, entrypoint=(*SLEEP, "dapo.runtime.job"))
     job.start()
     while "up" not in ray.log(job.id):
         time.sleep(0.1)

@@ -10,9 +10,9 @@ import pytest
 from dapo.config.run import RunConfig
 from dapo.eval.evaluate import EvaluationFolder
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
-from dapo.runtime.turn import Ahead, ahead, takes_turn
-from tests.flows.test_training_job import job_of, make_run
+from dapo.observe.run_folder import RunFolder
+from dapo.runtime.turn import ClusterHolder, cluster_holder, takes_turn
+from tests.flows.test_ray_job import job_of, make_run
 
 
 class Enough(Exception):
@@ -96,7 +96,7 @@ def test_an_evaluation_that_needs_devices_waits_for_a_training_and_a_training_fo
         measuring = job_of(ray, *make_run(root, "needs-them", STANDIN_SECONDS="600"), kind="evaluation", turn=True)
         assert measuring.start(waiting)
     assert seen == [first.id]
-    assert ahead(ray, first).job == measuring.id
+    assert cluster_holder(ray, first).job == measuring.id
     measuring.end()
 
 
@@ -151,7 +151,7 @@ def test_who_submits_from_another_run_root_at_the_same_moment_withdraws_and_wait
         monkeypatch.undo()
         assert first.start()
         assert submit()
-        assert ahead(ray, first.run, first.id) is None, "the earlier one stays"
+        assert cluster_holder(ray, first.run, first.id) is None, "the earlier one stays"
         return True
 
     monkeypatch.setattr(second, "_start", together)
@@ -172,7 +172,7 @@ def test_who_submits_from_another_run_root_at_the_same_moment_withdraws_and_wait
 
 def test_it_says_who_since_when_and_how_far(tmp_path):
     run = RunFolder(tmp_path / "long-1234")
-    told = Ahead("dapo-long-1234-1", run, time.time())
+    told = ClusterHolder("dapo-long-1234-1", run, time.time())
     assert "its folder cannot be read from here" in str(told)
     run.root.mkdir()
     assert str(told).endswith(time.strftime("since %H:%M", time.localtime(told.since)))
@@ -184,7 +184,7 @@ def test_it_says_who_since_when_and_how_far(tmp_path):
     assert str(told).endswith(": step 12 of 100, about 13 min left")
     measuring = EvaluationFolder(tmp_path)
     measuring.progress.write_text('{"done": 3, "total": 64}')
-    assert str(Ahead("dapo-base-1", RunFolder(tmp_path), time.time())).endswith(": prompt 3 of 64")
+    assert str(ClusterHolder("dapo-base-1", RunFolder(tmp_path), time.time())).endswith(": prompt 3 of 64")
 
 
 def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_
     from tasks import turn
 
     monkeypatch.setattr(turn, "_TOLD_AGAIN_S", 0.0)
-    ahead = Ahead("dapo-long-1", RunFolder(tmp_path), time.time())
+    ahead = ClusterHolder("dapo-long-1", RunFolder(tmp_path), time.time())
     tags = []
 
     @flow
@@ -212,7 +212,7 @@ def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_
                         while time.monotonic() < end_at:
                             ours(ahead)
                             time.sleep(0.2)
-                    except turn.GaveUp as told:
+                    except turn.CancelledWhileWaiting as told:
                         return str(told)
             tags.append(client.read_flow_run(flow_run.id).tags)
             artifacts = client.read_artifacts(limit=200)

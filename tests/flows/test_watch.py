@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tasks.watch import LogStream, followed, only_follower
 
 FOLLOWER = """
 import logging, pathlib, sys, time
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from tasks.watch import only_follower
 with only_follower(RunFolder(pathlib.Path(sys.argv[1])), logging.getLogger()):
     print("follows", flush=True)

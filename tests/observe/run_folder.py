@@ -11,7 +11,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.observe import manifest
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 
 STEPS = 4
 

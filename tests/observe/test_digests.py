@@ -24,7 +24,7 @@ DECIDES_NOTHING = ("__init__.py", "errors.py", "observe", "torchvision_cpu.py")
         (("runtime.job",), TRAINING_CODE, ("eval",)),
         # The configuration's values are compared themselves; of the algorithm only how a group is judged is used.
         (
-            ("runtime.generation", "runtime.prompts", "rollout.choice", "rewards.pool", "eval.results"),
+            ("runtime.generation", "runtime.prompts", "rollout.factory", "rewards.pool", "eval.results"),
             MEASURING_CODE,
             ("algo", "config"),
         ),

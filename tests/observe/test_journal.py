@@ -4,7 +4,7 @@ import json
 
 from dapo.config import io
 from dapo.observe.journal import Journal, follow, read
-from dapo.observe.layout import RunFolder, run_id
+from dapo.observe.run_folder import RunFolder, run_id
 
 
 def test_a_redone_step_is_not_written_twice(tmp_path):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dapo.observe.layout import RunFolder
 from dapo.observe.mlflow_page import page
+from dapo.observe.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 
 from dapo.errors import DataError
-from dapo.observe.layout import RunFolder
 from dapo.observe.report import write_report
+from dapo.observe.run_folder import RunFolder
 from tests.observe import run_folder
 from tests.observe.run_folder import STEPS
 

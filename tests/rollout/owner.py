@@ -10,7 +10,7 @@ from pathlib import Path
 def main(folder: Path) -> None:
     from dapo.config.run import RunConfig
     from dapo.data.processor import PromptProcessor
-    from dapo.rollout.choice import make_engine
+    from dapo.rollout.factory import make_engine
     from dapo.rollout.vllm_core import child_processes
 
     config = RunConfig.model_validate(

@@ -20,9 +20,9 @@ from dapo.data.processor import PromptProcessor
 from dapo.errors import EngineError, ProofError
 from dapo.model.tensors import absolute_sum, fused_group, in_buckets
 from dapo.rollout.broadcast import Broadcast
-from dapo.rollout.checks import compare_fingerprints
 from dapo.rollout.transformers_engine import TransformersEngine
 from dapo.rollout.transport import Header, Unpacker, send_weights
+from dapo.rollout.verification import compare_fingerprints
 from tests.rollout.processes import free_address
 from tests.rollout.small import largest_gap, load_plain, make_prompts, sampling, shake
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dapo.data.processor import PromptProcessor
-from dapo.rollout.checks import compare_fingerprints
+from dapo.rollout.verification import compare_fingerprints
 from tests.rollout.processes import free_address, run_two_ranks
 from tests.rollout.small import largest_gap, load_plain, make_prompts, sampling, shake
 

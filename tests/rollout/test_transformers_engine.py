@@ -1,4 +1,4 @@
-"""The light engine against plain transformers."""
+"""The transformers engine against plain transformers."""
 
 from __future__ import annotations
 

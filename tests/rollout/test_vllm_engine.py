@@ -17,7 +17,7 @@ import torch
 
 from dapo.data.processor import PromptProcessor
 from dapo.errors import ConfigError, EngineError, ProofError
-from dapo.rollout.checks import check_probe, compare_fingerprints, default_tolerance, probe_gap
+from dapo.rollout.verification import check_probe, compare_fingerprints, default_tolerance, probe_gap
 from dapo.types import Completion, FinishReason, Prompt
 from tests.rollout.small import (
     check_partial_rollouts,

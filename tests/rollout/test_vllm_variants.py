@@ -20,7 +20,7 @@ import torch
 
 from dapo.data.processor import PromptProcessor
 from dapo.errors import ConfigError, EngineError, ProofError
-from dapo.rollout.checks import compare_fingerprints
+from dapo.rollout.verification import compare_fingerprints
 from tests.rollout.delivered import delivered
 from tests.rollout.processes import free_address, run_two_ranks
 from tests.rollout.small import hub_layout, largest_gap, load_plain, make_prompts, sampling, shake
@@ -279,7 +279,7 @@ def test_vllm_refusing_its_arguments_is_one_clear_error(folder_of: Folders, proc
 
 def test_vllm_on_cpu_is_not_asked_for_the_experts_it_chose(folder_of: Folders, processor_of: Processors) -> None:
     with pytest.raises(ConfigError, match=r"vLLM on CPU does not tell .* rollout\.engine=transformers"):
-        VllmEngine(folder_of("moe"), processor_of("moe"), tell_experts=True)
+        VllmEngine(folder_of("moe"), processor_of("moe"), return_routed_experts=True)
 
 
 def test_kv_cache_of_bfloat16_stays_near(folder_of: Folders, processor_of: Processors) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dapo.errors import EngineError
-from dapo.rollout.same_host import WEIGHTS_FILE, Opener, SharedMemory
+from dapo.rollout.ipc import WEIGHTS_FILE, Opener, SharedMemory
 from dapo.rollout.transport import send_weights
 from dapo.rollout.vllm_process import remove_stale_shared_memory
 from dapo.rollout.vllm_worker import (

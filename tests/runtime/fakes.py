@@ -13,7 +13,7 @@ from pathlib import Path
 from dapo.config import io
 from dapo.errors import EngineError
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.rollout.engine import collected, prompts_needed
 from dapo.runtime.controller import Controller
 from dapo.train.policy import LogProbs, UpdateResult

@@ -12,7 +12,7 @@ import pytest
 
 from dapo.errors import CheckpointError
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.checkpoints import Checkpoints
 
@@ -240,7 +240,7 @@ def test_a_full_disk_while_sealing_is_one_sentence_and_loses_nothing(tmp_path):
         from pathlib import Path
         from dapo.errors import CheckpointError
         from dapo.observe.journal import Journal
-        from dapo.observe.layout import RunFolder
+        from dapo.observe.run_folder import RunFolder
         from dapo.runtime.checkpoints import Checkpoints
         from tests.runtime.test_checkpoints import SlowPolicy
         policy = SlowPolicy()

@@ -4,7 +4,7 @@ import pytest
 
 from dapo.errors import CheckpointError, EngineError, ProofError, RewardError
 from dapo.observe.journal import read
-from dapo.rollout.checks import compare_fingerprints
+from dapo.rollout.verification import compare_fingerprints
 from tests.runtime.fakes import Judge, ScriptedEngine, kinds, make, without_checkpoints
 
 

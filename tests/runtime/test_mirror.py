@@ -16,7 +16,7 @@ from dapo.data import retry
 from dapo.data.remote import RemoteFolder
 from dapo.errors import CheckpointError, ConfigError
 from dapo.observe.journal import Journal, read
-from dapo.observe.layout import REGISTERED, RunFolder
+from dapo.observe.run_folder import REGISTERED, RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.mirror import Mirror, require_unused, restore_records
 from tests.runtime.fakes import kinds, make
@@ -106,7 +106,7 @@ def killed_while_uploading(url: str, folder: RunFolder, env: dict[str, str]) -> 
         import sys, time
         from pathlib import Path
         from dapo.data.remote import RemoteFolder
-        from dapo.observe.layout import RunFolder
+        from dapo.observe.run_folder import RunFolder
         from dapo.runtime.mirror import Mirror
         put = RemoteFolder.put
         def slow(self, file, name):

@@ -12,7 +12,7 @@ import ray
 from dapo.config import io
 from dapo.errors import ConfigError, EngineError, TrainingError
 from dapo.runtime import workers as fan_out
-from dapo.runtime.doors import RayEngine, RayPolicy
+from dapo.runtime.ray_clients import RayEngine, RayPolicy
 from dapo.runtime.workers import Deadline, Workers
 from dapo.types import Completion, Finished, FinishReason, Prompt, SamplingParams
 

@@ -15,7 +15,7 @@ from dapo.config import io
 from dapo.data.processor import PromptProcessor
 from dapo.observe.journal import Journal, read
 from dapo.runtime.delivery import WeightDelivery
-from dapo.runtime.doors import RayEngine, RayPolicy
+from dapo.runtime.ray_clients import RayEngine, RayPolicy
 from dapo.runtime.workers import Workers
 from tests.rollout.small import make_folder, make_prompts, sampling
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dapo.observe.journal import Journal
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime import checkpoints
 from dapo.runtime.checkpoints import Checkpoints
 from tests.model.tiny import make_batch, make_folder

@@ -115,7 +115,7 @@ def test_a_step_with_told_experts_trains_with_a_ratio_of_exactly_one(tmp_path):
 def test_what_the_engine_tells_is_what_the_trainer_would_choose(kind, tmp_path):
     """Same weights, float32: the engine's record agrees with the trainer's own choices, and so do values."""
     folder = make_folder(tmp_path, kind)
-    engine = TransformersEngine(folder, TinyProcessor(kind), tell_experts=True)
+    engine = TransformersEngine(folder, TinyProcessor(kind), return_routed_experts=True)
     batch = make_batch(groups=3, size=1, images="none" if kind == "text-moe" else "some")
     prompts = [group.prompt for group in batch.groups]
     params = SamplingParams(3, 0.9, 1.0, -1, 9, (7, 11, 13), BANNED, seed=5)
@@ -149,7 +149,7 @@ def test_a_model_without_experts_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"router_replay=true, but the qwen3_vl .* has no experts"):
         make_policy(folder, "dense")
     with pytest.raises(ConfigError, match="router_replay=true, but the model has no experts"):
-        TransformersEngine(folder, TinyProcessor("dense"), tell_experts=True)
+        TransformersEngine(folder, TinyProcessor("dense"), return_routed_experts=True)
 
 
 def test_a_record_that_does_not_fit_is_refused(tmp_path):

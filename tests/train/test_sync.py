@@ -12,9 +12,9 @@ import torch
 from dapo.data.processor import PromptProcessor
 from dapo.errors import EngineError, ProofError
 from dapo.rollout.broadcast import Broadcast
-from dapo.rollout.checks import compare_fingerprints
-from dapo.rollout.choice import make_engine
+from dapo.rollout.factory import make_engine
 from dapo.rollout.transformers_engine import TransformersEngine
+from dapo.rollout.verification import compare_fingerprints
 from dapo.train import parallel, weights
 from dapo.train.fsdp_policy import FsdpPolicy
 from dapo.train.sync import WeightSync

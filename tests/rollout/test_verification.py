@@ -10,7 +10,8 @@ import pytest
 
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError, EngineError, ProofError
-from dapo.rollout.checks import (
+from dapo.rollout.factory import choose_engine, make_engine
+from dapo.rollout.verification import (
     agreed_sums,
     check_completion,
     check_probe,
@@ -18,7 +19,6 @@ from dapo.rollout.checks import (
     default_tolerance,
     probe_gap,
 )
-from dapo.rollout.choice import choose_engine, make_engine
 from dapo.rollout.vllm_engine import VllmEngine
 from dapo.types import Completion, FinishReason
 

@@ -13,12 +13,12 @@ from typing import Any
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe.journal import Event, follow, last_start, more, read
-from dapo.observe.layout import RunFolder
+from dapo.observe.run_folder import RunFolder
 from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
-from dapo.runtime.environment import NO_PHONE_HOME
 from dapo.runtime.submission import submit
-from dapo.runtime.turn import TAKEN, TRAINING, Ahead, ahead, looking
+from dapo.runtime.telemetry import TELEMETRY_OFF
+from dapo.runtime.turn import TAKEN, TRAINING, ClusterHolder, cluster_holder, looking
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _LASTING = {
 }
 
 
-class TrainingJob:
+class RayJob:
     """One run's job on one cluster.
 
     Args:
@@ -77,7 +77,7 @@ class TrainingJob:
         live = [job["submission_id"] for job in self._jobs() if job["status"] not in TERMINAL]
         return live[0] if live else None
 
-    def start(self, waiting: Callable[[Ahead], None] = lambda ahead: None) -> bool:
+    def start(self, waiting: Callable[[ClusterHolder], None] = lambda ahead: None) -> bool:
         """Submit the next attempt, or take over the one that runs; True where it was submitted.
 
         Args:
@@ -109,8 +109,8 @@ class TrainingJob:
                     self.cluster = connect(self.config)
             time.sleep(TURN_EVERY_S)
 
-    def _ahead(self, submitted: bool) -> Ahead | None:
-        return ahead(self.cluster, self.run, self.id if submitted else "") if self.turn else None
+    def _ahead(self, submitted: bool) -> ClusterHolder | None:
+        return cluster_holder(self.cluster, self.run, self.id if submitted else "") if self.turn else None
 
     def _start(self) -> bool:
         found = self.running()
@@ -131,7 +131,7 @@ class TrainingJob:
         metadata["turn"] = TAKEN if self.turn else ""
         arguments = [*self.entrypoint, str(self.run.root)]
         try:
-            submit(self.cluster, self.id, arguments, NO_PHONE_HOME | dict(self.config.ray.env), metadata)
+            submit(self.cluster, self.id, arguments, TELEMETRY_OFF | dict(self.config.ray.env), metadata)
         except AlreadySubmitted:
             return False  # another follower of this run was faster; the id is the same
         return True
@@ -141,7 +141,7 @@ class TrainingJob:
         offset: int = 0,
         idle: Callable[[], None] = lambda: None,
         asked_to_stop: Callable[[], bool] = bool,
-        waiting: Callable[[Ahead], None] = lambda ahead: None,
+        waiting: Callable[[ClusterHolder], None] = lambda ahead: None,
     ) -> Iterator[tuple[Event, int]]:
         """Events from `offset` on, each with the offset behind it, to the end of the run.
 
@@ -249,7 +249,7 @@ class TrainingJob:
         reason: str,
         idle: Callable[[], None],
         asked_to_stop: Callable[[], bool],
-        waiting: Callable[[Ahead], None],
+        waiting: Callable[[ClusterHolder], None],
     ) -> bool:
         """Wait a little, then start the next attempt; False where it was asked to stop meanwhile."""
         pause = self.back_off_s[min(restarts, len(self.back_off_s) - 1)]

@@ -47,7 +47,7 @@ def make_engine(config: RunConfig, weights: Path, processor: PromptProcessor, de
         device=where,
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_mib=rollout.kv_cache_mib,
-        tell_experts=rollout.router_replay,
+        return_routed_experts=rollout.router_replay,
     )
 
 

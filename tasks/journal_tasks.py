@@ -14,8 +14,8 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from dapo.observe.layout import RunFolder
 from dapo.observe.mlflow_page import page
+from dapo.observe.run_folder import RunFolder
 from tasks.progress import artifact_key, best_effort
 
 _SHIPPED_WITHIN_S = 60.0

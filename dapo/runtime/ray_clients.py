@@ -10,8 +10,8 @@ from typing import Any, cast
 import ray
 
 from dapo.errors import DapoError, EngineError
-from dapo.rollout.checks import compare_fingerprints
 from dapo.rollout.engine import Begun, collected
+from dapo.rollout.verification import compare_fingerprints
 from dapo.runtime.workers import WRITE, Workers
 from dapo.train.policy import LogProbs, UpdateResult
 from dapo.types import Completion, Finished, PackPlan, Prompt, SamplingParams, TrainBatch

@@ -7,7 +7,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo.records import group_from_plain, group_to_plain
+from dapo.serialize import group_from_plain, group_to_plain
 from dapo.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup, Scored, TimedOut, Truncated
 
 texts = st.text(max_size=5)

@@ -16,8 +16,8 @@ from dapo.runtime import processes
 from dapo.runtime.cluster import free_port
 from dapo.runtime.head import LocalHead
 from flows import up
+from flows.daemon import Service
 from flows.down import down
-from flows.services import Service
 
 SERVER = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
 # A child in the session, one that left it, and the end of the parent is not theirs.

@@ -1,4 +1,4 @@
-"""What the light engine decodes together, and what its rows have written."""
+"""What the transformers engine decodes together, and what its rows have written."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_jobs(prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -
 Response = tuple[int, list[int], list[float], FinishReason]
 
 
-class WaveLog:
+class DecodeBatch:
     """What the rows of a wave have written, and which of them still write."""
 
     def __init__(self, limits: Tensor, stop: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Each of these programs tells its maker about its use unless told not to. MLflow wants exactly `true`.
-NO_PHONE_HOME = {
+TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",

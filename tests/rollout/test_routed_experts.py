@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dapo.errors import ConfigError, EngineError
-from dapo.rollout.told_experts import expert_layers, experts_of
+from dapo.rollout.routed_experts import expert_layers, experts_of
 from tests.records import prompt
 
 

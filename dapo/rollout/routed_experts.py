@@ -15,7 +15,7 @@ from dapo.model.experts import routers
 from dapo.types import Prompt
 
 
-class ToldExperts:
+class RoutedExperts:
     """Listens to the routers of a model, pass by pass.
 
     Raises:

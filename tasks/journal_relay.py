@@ -33,10 +33,10 @@ from prefect.states import Completed
 from dapo.config.run import RunConfig
 from dapo.files import write_whole
 from dapo.observe.journal import Event
-from dapo.observe.layout import RunFolder
-from tasks.outage import OUTAGE_S, patiently
+from dapo.observe.run_folder import RunFolder
+from tasks.journal_tasks import alarm_raised, log_checkpoint, record_validation
+from tasks.outage import OUTAGE_S, wait_through_outage
 from tasks.progress import ProgressBar
-from tasks.record import alarm_raised, log_checkpoint, record_validation
 
 log = logging.getLogger("dapo.tasks")
 
@@ -75,7 +75,7 @@ class _Pending:
         this.add_done_callback(mark)
 
 
-class Recorder:
+class JournalRelay:
     """Tells Prefect what a run's journal says; `offset` is up to where it was read.
 
     Args:
@@ -213,7 +213,7 @@ def _completed(flow_runs: list[str]) -> set[str]:
             offset += len(page)
         return found
 
-    return patiently(ask, "the look for what was recorded before")
+    return wait_through_outage(ask, "the look for what was recorded before")
 
 
 def _by_id(client: SyncPrefectClient, ids: list[UUID]) -> dict[UUID, TaskRun]:

@@ -12,10 +12,10 @@ import pytest
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError, TrainingError
-from dapo.observe.layout import RunFolder
-from dapo.runtime import cluster, processes, training
+from dapo.observe.run_folder import RunFolder
+from dapo.runtime import cluster, processes, ray_job
 from dapo.runtime.dashboard import Dashboard, DashboardAway
-from dapo.runtime.training import TrainingJob, ended
+from dapo.runtime.ray_job import RayJob, ended
 from tasks.train import stop_running_job
 
 STANDIN = str(Path(__file__).parent / "standin_job.py")
@@ -28,7 +28,7 @@ def root(shared):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(training, "STATUS_EVERY_S", 0.5)
+    monkeypatch.setattr(ray_job, "STATUS_EVERY_S", 0.5)
 
 
 def make_run(root, name, **env):
@@ -48,7 +48,7 @@ def make_run(root, name, **env):
 
 
 def job_of(ray, run, config, **options):
-    return TrainingJob(ray, run, config, entrypoint=[STANDIN], back_off_s=[0.1], **options)
+    return RayJob(ray, run, config, entrypoint=[STANDIN], back_off_s=[0.1], **options)
 
 
 def kinds(events):
@@ -140,7 +140,7 @@ def test_job_gets_the_configured_environment_and_phones_nobody(ray, root):
     job.entrypoint = ("-c", "import os, sys; sys.exit('\\n'.join(f'{k}={v}' for k, v in os.environ.items()))")
     job.start()
     with pytest.raises(TrainingError):
-        list(TrainingJob.follow(_without_restarts(job)))
+        list(RayJob.follow(_without_restarts(job)))
     text = ray.log(job.id)
     for line in ("MY_VARIABLE=here", "DO_NOT_TRACK=true", "RAY_USAGE_STATS_ENABLED=0", "MLFLOW_DISABLE_TELEMETRY=true"):
         assert line in text
@@ -164,7 +164,7 @@ def test_remote_cluster_gets_the_code_but_not_the_data_and_asks_for_the_token(ra
     config = config.model_copy(update={"ray": remote})
     elsewhere = cluster.connect(config)
     assert not elsewhere.local
-    job = TrainingJob(elsewhere, run, config, entrypoint=["ours.py"])
+    job = RayJob(elsewhere, run, config, entrypoint=["ours.py"])
     assert job.start()
     with pytest.raises(TrainingError, match="crashed"):
         list(job.follow())
