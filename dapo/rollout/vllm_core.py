@@ -8,11 +8,14 @@ attributes are used: `outputs_queue`, from which `step` reads, and `utility_resu
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -36,6 +39,15 @@ def _descendants(processes: Iterable[BaseProcess]) -> set[psutil.Process]:
     return found
 
 
+def _shared_memory(processes: Iterable[psutil.Process]) -> set[str]:
+    """Names of the segments through which they talk to each other (vLLM's message queues)."""
+    found: set[str] = set()
+    for process in processes:
+        with suppress(OSError):
+            found |= set(re.findall(r" /dev/shm/(psm_\w+)", Path(f"/proc/{process.pid}/maps").read_text()))
+    return found
+
+
 def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):  # also where another process has its number now
@@ -56,6 +68,9 @@ class CoreWatch:
         self._client, self._processes, self._answer_s = client, list(processes), answer_s
         # Now: whose parent has died cannot be found any more.
         self._workers = _descendants(self._processes)
+        core = {psutil.Process(process.pid) for process in self._processes if process.is_alive()}
+        # Now, too: nothing in the name of a segment says whose it was.
+        self._segments = _shared_memory(core | self._workers)
         self._asked: float | None = None
         self._fate: str | None = None
         self._closed = Event()
@@ -87,8 +102,14 @@ class CoreWatch:
         self._thread.join()
 
     def end_workers(self, grace_s: float = 5.0) -> None:
-        """Kill what is left of the workers after the engine was shut down."""
+        """Kill what is left of the workers after the engine was shut down, and remove shared memory that a killed core
+        could not."""
         _kill(psutil.wait_procs(self._workers, timeout=grace_s)[1])
+        for name in self._segments:
+            with suppress(FileNotFoundError):
+                segment = SharedMemory(name)
+                segment.close()
+                segment.unlink()
 
     def _watch(self) -> None:
         while not self._closed.is_set():

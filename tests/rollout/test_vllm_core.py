@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 
 import psutil
@@ -23,7 +24,8 @@ from dapo.rollout.vllm_core import CoreWatch
 
 def core_with_a_worker(say: Connection) -> None:
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    say.send(worker.pid)
+    segment = SharedMemory(create=True, size=64)
+    say.send((worker.pid, segment.name))
     worker.wait()
     time.sleep(600)
 
@@ -36,7 +38,8 @@ class Engine:
         told, say = context.Pipe(duplex=False)
         self.core = context.Process(target=core_with_a_worker, args=(say,), daemon=True)
         self.core.start()
-        self.worker = psutil.Process(told.recv())
+        worker, self.segment = told.recv()
+        self.worker = psutil.Process(worker)
         self.answer: Future[None] = Future()
         self.client = SimpleNamespace(outputs_queue=queue.Queue(), utility_results={1: self.answer})
         self.watch = CoreWatch(self.client, [self.core], answer_s)
@@ -104,3 +107,18 @@ def test_a_stopped_worker_does_not_outlive_an_engine_that_is_closed(start: Calla
     assert engine.worker.status() == psutil.STATUS_STOPPED
     engine.watch.end_workers(grace_s=0.5)
     assert gone(engine.worker)
+
+
+def test_shared_memory_of_a_killed_core_is_removed_and_of_others_is_not(start: Callable[[float], Engine]) -> None:
+    another = SharedMemory(create=True, size=64)
+    engine = start(60.0)
+    engine.core.kill()
+    engine.core.join()
+    SharedMemory(engine.segment).close()  # still there
+    engine.watch.close()
+    engine.watch.end_workers()
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(engine.segment)
+    SharedMemory(another.name).close()
+    another.close()
+    another.unlink()

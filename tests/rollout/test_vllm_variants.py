@@ -193,8 +193,11 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
     engine.update_weights(trainer.named_parameters(), 1)
     (core,) = set(multiprocessing.active_children()) - before
     workers = psutil.Process(core.pid).children(recursive=True)
-    shared = {Path(m.path) for worker in workers for m in worker.memory_maps() if "cpushm" in m.path}
+    mapped = {m.path for one in [psutil.Process(core.pid), *workers] for m in one.memory_maps()}
+    shared = {Path(path) for path in mapped if "cpushm" in path}
+    queues = {Path(path) for path in mapped if path.startswith("/dev/shm/psm_")}
     assert shared
+    assert queues
     killer = Timer(0.3, os.kill, [core.pid, signal.SIGKILL])
     killer.start()
     started = time.monotonic()
@@ -206,6 +209,7 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
         engine.update_weights(trainer.named_parameters(), 2)
     engine.close()
     assert not core.is_alive()
+    assert not [path for path in queues if path.exists()]
     new = start(folder_of("dense"), processor, separate_process=True, tensor_parallel=2)
     new.update_weights(trainer.named_parameters(), 1)
     out = new.generate(prompts, sampling(processor, n=2))
