@@ -14,10 +14,6 @@ from packaging.version import Version
 
 from dapo.errors import EnvironmentCheckError
 
-SLEEP_LEVEL = 1
-"""All versions up to 0.30.0rc2: level 2 drops a table of expert ids that is not restored, and with expert parallelism
-the engine then writes fluent, wrong text (verl#7086). Level 1 keeps weights in host memory."""
-
 _TRANSPOSES_ON_WAKE = Version("0.27.1rc1")
 _SAMPLER_RACE_FIXED = Version("0.27.1rc1")
 _NZ_VARIABLE_GONE = Version("0.30.0rc1")

@@ -30,6 +30,11 @@ class Job:
     """Tokens each of them may still write."""
     begun: Completion | None = None
 
+    @property
+    def written(self) -> int:
+        """Tokens of the response before this round."""
+        return len(self.begun.token_ids) if self.begun else 0
+
 
 def make_jobs(prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> list[Job]:
     """One job for all samples of a new prompt; one for each sample that is still wanted of a prompt asked before."""

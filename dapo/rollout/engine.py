@@ -23,7 +23,8 @@ class Engine(Protocol):
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun = ()) -> Iterator[Finished]:
         """`params.n` completions per prompt, each as soon as it ended; each carries the engine's policy version.
 
-        Each request's random stream depends on (params.seed, prompt id, sample) alone: not on the batch it is in.
+        Each request's random stream depends on (params.seed, prompt id, sample) alone, and where it goes on, on how
+        much of it was written: not on the batch it is in.
         Where `params.finish_share` ends the round early, what was begun comes last, `UNFINISHED`.
 
         Raises:
@@ -57,8 +58,8 @@ class Engine(Protocol):
         the trainer's. The log-prob probe judges what the engine made of it."""
         ...
 
-    def sleep(self) -> None:
-        """Free device memory between generation phases; no-op where the platform cannot."""
+    def sleep(self) -> int | None:
+        """Free device memory between generation phases: how many bytes; None where there was nothing to do."""
         ...
 
     def wake(self) -> bool:

@@ -21,9 +21,15 @@ _FIRST_LOOK = 64
 """Candidates looked at before a whole vocabulary is sorted for top-p; peaked distributions need no more."""
 
 
-def request_seed(seed: int, prompt_id: str) -> int:
-    """62 bits that name one prompt's requests in one round; sample i takes the seed after it plus i."""
-    digest = hashlib.blake2b(f"{seed}\0{prompt_id}".encode(), digest_size=8).digest()
+def request_seed(seed: int, prompt_id: str, written: int = 0) -> int:
+    """62 bits that name one prompt's requests in one round; sample i takes the seed after it plus i.
+
+    Args:
+        written: tokens of the response that goes on; it may have been begun with the same `seed`, when an engine dies
+            after another one had given back what it left unfinished.
+    """
+    name = f"{seed}\0{prompt_id}" + (f"\0{written}" if written else "")
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 

@@ -124,7 +124,7 @@ class TransformersEngine:
         """Of what was given last, before it is rounded to the engine's dtype. Empty before the first update."""
         return dict(self._sums)
 
-    def sleep(self) -> None:
+    def sleep(self) -> int | None:
         """Nothing to free: the cache lives for one `generate`, and the weights are small where this engine is used."""
 
     def wake(self) -> bool:
@@ -162,8 +162,7 @@ class TransformersEngine:
             last = torch.arange(len(wave), device=self.device) * width + lengths - 1
             self._experts.begin(last, samples, longest)
         logits = logits.repeat_interleave(samples, dim=0)
-        # Named after the prompt alone: a continued response has another seed (the round's), hence other numbers.
-        seeds = [request_seed(params.seed, job.prompt.id) + s for job in wave for s in job.samples]
+        seeds = [request_seed(params.seed, job.prompt.id, job.written) + s for job in wave for s in job.samples]
         sampler = Sampler(params, self.vocab_size, self.device)
         stop = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
         stop[[i for i in params.stop_token_ids if 0 <= i < self.vocab_size]] = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,14 +22,13 @@ from dapo.rollout.verification import agreed_sums
 from dapo.rollout.vllm_core import CoreWatch, child_processes
 from dapo.rollout.vllm_process import start_vllm, stop_vllm
 from dapo.rollout.vllm_requests import Requests
+from dapo.rollout.vllm_sleep import SLEEP_LEVEL, free_bytes
 from dapo.rollout.vllm_worker import to_checkpoint_names
 from dapo.types import Completion, Finished, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from dapo.config.run import RunConfig
     from dapo.data.processor import PromptProcessor
-
-log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -137,7 +135,7 @@ class VllmEngine:
             arguments |= ascend.engine_arguments(version, eager=eager)
         self._owns_process_group = not torch.distributed.is_initialized()
         mine = child_processes()
-        self.llm = start_vllm(arguments, separate_process=separate_process)
+        self.llm = start_vllm(arguments, platform=self.platform, separate_process=separate_process)
         self._core: CoreWatch | None = None
         if separate_process:
             started = child_processes() - mine
@@ -148,8 +146,18 @@ class VllmEngine:
     def from_config(
         cls, config: RunConfig, weights: Path, processor: PromptProcessor, device: torch.device
     ) -> VllmEngine:
-        """The engine of a run's configuration."""
+        """The engine of a run's configuration.
+
+        Raises:
+            ConfigError: it asks for what vLLM cannot do there.
+        """
         rollout = config.rollout
+        if device.type == "cpu" and 1 < rollout.tensor_parallel < rollout.devices:
+            raise ConfigError(
+                f"rollout.devices={rollout.devices} with rollout.tensor_parallel={rollout.tensor_parallel}: on CPU "
+                "each tensor-parallel group of vLLM takes shared memory of the same name, so that the second one of a "
+                f"machine cannot start; use rollout.tensor_parallel=1, or rollout.devices={rollout.tensor_parallel}"
+            )
         return cls(
             weights,
             processor,
@@ -228,18 +236,15 @@ class VllmEngine:
         """
         return agreed_sums(self._rpc("dapo_fingerprint"))
 
-    def sleep(self) -> None:
+    def sleep(self) -> int | None:
         """Free the cache, and move the weights to host memory. vLLM on CPU cannot: nothing happens there."""
-        if self.platform == "cpu" or self._asleep:
-            return
-        before = _free_bytes(self.platform)
+        if self.platform not in SLEEP_LEVEL or self._asleep:
+            return None
+        before = free_bytes(self.platform)
         with self._asked():
-            self.llm.sleep(level=ascend.SLEEP_LEVEL)
+            self.llm.sleep(level=SLEEP_LEVEL[self.platform])
         self._asleep = frozenset({"weights", "kv_cache"})
-        freed = _free_bytes(self.platform) - before
-        log.info("engine asleep: %.2f GiB freed", freed / 2**30)
-        if freed <= 0:
-            log.warning("the engine's sleep freed no memory; the trainer may run out of it")
+        return free_bytes(self.platform) - before
 
     def wake(self) -> bool:
         slept = bool(self._asleep)
@@ -285,12 +290,3 @@ class VllmEngine:
         """A sixteenth of the model, so that no rank holds much of it twice."""
         files = self.folder.glob("*.safetensors")
         return max(SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
-
-
-def _free_bytes(platform: str) -> int:
-    import importlib
-
-    if platform == "npu":
-        importlib.import_module("torch_npu")
-    free: int = getattr(torch, platform).mem_get_info()[0]
-    return free

@@ -21,8 +21,11 @@ from dapo.rollout.ipc import SHARED_MEMORY, WEIGHTS_FILE
 log = logging.getLogger(__name__)
 
 
-def start_vllm(arguments: dict[str, Any], *, separate_process: bool) -> Any:
+def start_vllm(arguments: dict[str, Any], *, platform: str, separate_process: bool) -> Any:
     """A `vllm.LLM`, leaving this process as it was.
+
+    Args:
+        platform: cpu, cuda or npu; random numbers of the device are kept, too.
 
     Raises:
         ConfigError: vLLM cannot be imported, or refuses the arguments or the machine.
@@ -34,7 +37,7 @@ def start_vllm(arguments: dict[str, Any], *, separate_process: bool) -> Any:
     torchvision_cpu.install()
     remove_stale_shared_memory()
     try:
-        with _process_state_kept():
+        with process_state_kept(platform):
             from vllm import LLM
 
             return LLM(**arguments)
@@ -75,18 +78,22 @@ def _default_group_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _process_state_kept() -> Iterator[None]:
+def process_state_kept(platform: str) -> Iterator[None]:
     """vLLM treats the process as its own; the trainer in it needs these as they were."""
     variables = ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS")
     environment = {name: os.environ.get(name) for name in variables}
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    accelerator: Any = None if platform == "cpu" else getattr(torch, platform)
+    of_device = None if accelerator is None else accelerator.get_rng_state()
     try:
         yield
     finally:
         torch.set_num_threads = set_threads  # vLLM's CPU worker replaces it by a no-op
         torch.set_num_threads(threads)
         torch.set_rng_state(states[0])
+        if accelerator is not None:
+            accelerator.set_rng_state(of_device)
         random.setstate(states[1])
         np.random.set_state(states[2])
         for name, value in environment.items():

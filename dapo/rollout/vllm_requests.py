@@ -39,6 +39,11 @@ class _Request:
     """Newest output of each sample that has not ended."""
 
     @property
+    def written_before(self) -> int:
+        """Tokens of the response, by an earlier round."""
+        return len(self.begun.token_ids) if self.begun else 0
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """The prompt, with what was written of the response before."""
         return self.prompt.token_ids + (self.begun.token_ids if self.begun else ())
@@ -154,7 +159,7 @@ class Requests:
             top_k=params.top_k,
             max_tokens=request.limit,
             # vLLM gives sample i the seed after this one plus i.
-            seed=request_seed(params.seed, request.prompt.id) + request.first,
+            seed=request_seed(params.seed, request.prompt.id, request.written_before) + request.first,
             logprobs=0,
             flat_logprobs=True,
             # Ours are the stop ids; the tokenizer's own would stop besides.

@@ -76,8 +76,8 @@ class _Actor:
             self.broadcast = None
         self.broadcast = Broadcast(rendezvous, member, members, device)
 
-    def sleep(self) -> None:
-        self.engine.sleep()
+    def sleep(self) -> int | None:
+        return self.engine.sleep()
 
     def wake(self) -> bool:
         return self.engine.wake()

@@ -146,7 +146,7 @@ class Controller:
             tokens_per_pack=self.config.batch.tokens_per_pack,
             cost=self.cost,
         )
-        self.engine.sleep()
+        slept = self.delivery.sleep(at.step)
         with self.phase("logprobs"):
             old = self.policy.old_logprobs(batch, plan)
             kl = 0.0
@@ -176,7 +176,7 @@ class Controller:
             "outcomes/workers_replaced": self.generation.rewards.replaced,
             "engine/restarts": self.delivery.restarts,
         }
-        self.finish_step(metrics | sync | speed | state, seconds | between)
+        self.finish_step(metrics | slept | sync | speed | state, seconds | between)
 
     def collect_groups(self) -> tuple[list[RolloutGroup], SamplingReport]:
         """Dynamic sampling (section 3.2): generate rounds until enough groups carry signal."""

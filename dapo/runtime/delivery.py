@@ -16,6 +16,7 @@ from dapo.train.policy import SyncedPolicy
 from dapo.types import Prompt, SamplingParams
 
 RESTARTED = "engine_restarted"
+SLEPT_IN_VAIN = "sleep_freed_nothing"
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 64
 
@@ -63,6 +64,16 @@ class WeightDelivery:
                 return self._deliver(step, version)
             except EngineError as error:
                 self.restart(step, error)
+
+    def sleep(self, step: int) -> dict[str, float]:
+        """Let the engine make room for the trainer until the next `deliver`; its metrics."""
+        freed = self.engine.sleep()
+        if freed is None:
+            return {}
+        if freed <= 0:
+            message = "the engine's sleep freed no memory; the trainer may run out of it"
+            self.journal.append("alarm", step, name=SLEPT_IN_VAIN, message=message)
+        return {"engine/sleep_freed_gb": freed / 1e9}
 
     def restart(self, step: int, error: EngineError) -> None:
         """Start the engine anew, because of `error`, and again where it does not start. It holds the weights the run

@@ -64,10 +64,16 @@ class RayEngine:
     def restart(self) -> None:
         self.workers.restart_engines()
 
-    def sleep(self) -> None:
-        """Colocated engines make room for the trainer; others have their device for themselves."""
-        if not self.workers.generators:
-            self.workers.call("sleep", deadline=self.workers.engine_deadline)
+    def sleep(self) -> int | None:
+        """Colocated engines make room for the trainer; others have their device for themselves.
+
+        Returns:
+            bytes freed on the device where it was least; None where none slept.
+        """
+        if self.workers.generators:
+            return None
+        freed = self.workers.call("sleep", deadline=self.workers.engine_deadline)
+        return min((each for each in freed if each is not None), default=None)
 
     def wake(self) -> bool:
         """Whether a colocated engine slept."""

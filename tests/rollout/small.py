@@ -215,3 +215,19 @@ def check_partial_rollouts(engine: Any, trainer: Any, processor: PromptProcessor
         assert len(one.token_ids) <= params.max_tokens
         assert (one.finish_reason is FinishReason.LENGTH) == (one.token_ids[-1] not in params.stop_token_ids)
     assert largest_gap(trainer, processor, prompts, out, params.temperature) < exact
+    check_rest_draws_other_numbers(engine, trainer, processor)
+
+
+def check_rest_draws_other_numbers(engine: Any, trainer: Any, processor: PromptProcessor) -> None:
+    """Also where it is asked for with the seed of its beginning, as after an engine died in the middle of a round."""
+    prompts, version = make_prompts(processor, 4), engine.version
+    params = sampling(processor, n=1, max_tokens=16, stop_token_ids=())
+    # All tokens are equally likely: which one is drawn tells the number.
+    flat = ((name, torch.zeros_like(p) if name == "lm_head.weight" else p) for name, p in trainer.named_parameters())
+    engine.update_weights(flat, version)
+    half = engine.generate(prompts, replace(params, max_tokens=8))
+    begun = [[replace(one, finish_reason=FinishReason.UNFINISHED) for one in group] for group in half]
+    for done in engine.stream(prompts, params, begun):
+        first, rest = done.completion.token_ids[:8], done.completion.token_ids[8:]
+        assert sum(a == b for a, b in zip(first, rest, strict=True)) < 3
+    engine.update_weights(trainer.named_parameters(), version)

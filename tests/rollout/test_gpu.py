@@ -30,13 +30,16 @@ def test_sleep_gives_memory_back_and_each_tag_takes_its_own_again(folder_of: Fol
     from dapo.rollout.vllm_engine import VllmEngine
 
     processor, trainer = processor_of("dense"), load_plain(folder_of("dense"))
+    random_state = torch.cuda.get_rng_state()
     engine = VllmEngine(folder_of("dense"), processor, device="cuda", max_model_len=256, memory_share=0.3)
     prompts, params = make_prompts(processor, 3), sampling(processor, n=2)
     try:
+        assert torch.equal(torch.cuda.get_rng_state(), random_state)
         engine.update_weights(trainer.named_parameters(), 1)
         awake, total = torch.cuda.mem_get_info()
-        engine.sleep()
+        freed = engine.sleep()
         asleep, _ = torch.cuda.mem_get_info()
+        assert freed == asleep - awake
         assert asleep - awake > 0.2 * total  # the cache is nearly all of the engine's 0.3
         shake(trainer, 0.05, seed=1)
         engine.update_weights(trainer.named_parameters(), 2)  # wakes the weights alone

@@ -64,7 +64,8 @@ def test_neighbouring_seeds_are_unrelated() -> None:
 
 def test_request_seeds_name_seed_and_prompt() -> None:
     seeds = {request_seed(s, p) for s in (0, 1, 11) for p in ("1/train", "train/1", "train/11")}
-    assert len(seeds) == 9
+    seeds |= {request_seed(0, "train/1", written) for written in (0, 1, 2)}
+    assert len(seeds) == 11
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 

@@ -147,3 +147,17 @@ def test_a_process_of_its_own_is_refused_where_auto_means_transformers(folder_of
     config = RunConfig.model_validate({"rollout": {"separate_process": True}})
     with pytest.raises(ConfigError, match=r"rollout\.engine=auto on cpu means transformers here"):
         make_engine(config, folder_of("text"), processor_of("text"), "cpu")
+
+
+def test_two_tensor_parallel_groups_of_vllm_on_one_machines_cpus_are_refused(
+    folder_of, processor_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VllmEngine, "__init__", lambda self, *args, **more: None)
+    for devices in (2, 4):
+        rollout = {"engine": "vllm", "devices": devices, "tensor_parallel": 2}
+        config = RunConfig.model_validate({"rollout": rollout})
+        make_engine(config, folder_of("text"), processor_of("text"), "cuda")
+        if devices == 2:
+            make_engine(config, folder_of("text"), processor_of("text"), "cpu")
+    with pytest.raises(ConfigError, match=r"rollout\.devices=4 with rollout\.tensor_parallel=2: .* use rollout\.tens"):
+        make_engine(config, folder_of("text"), processor_of("text"), "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from dapo.errors import EngineError
 from dapo.rollout.ipc import WEIGHTS_FILE, Opener, SharedMemory
 from dapo.rollout.transport import send_weights
-from dapo.rollout.vllm_process import remove_stale_shared_memory
+from dapo.rollout.vllm_process import process_state_kept, remove_stale_shared_memory
 from dapo.rollout.vllm_worker import (
     check_kept_groups,
     check_whole_groups,
@@ -115,3 +116,12 @@ def test_only_what_no_living_process_uses_is_removed(tmp_path: Path) -> None:
     assert all(file.exists() for file in [*living, mapped])
     del storage
     assert remove_stale_shared_memory(tmp_path / "absent") == []
+
+
+def test_random_numbers_of_an_accelerator_are_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = [torch.tensor([1])]
+    device = SimpleNamespace(get_rng_state=lambda: state[-1], set_rng_state=state.append)
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    with process_state_kept("npu"):
+        state.append(torch.tensor([2]))  # vLLM seeds every device
+    assert device.get_rng_state().item() == 1

@@ -238,6 +238,16 @@ def test_the_cache_wakes_only_after_the_weights_arrived(tmp_path):
     assert calls == ["sync", "wake", "sleep", "sync", "wake"]
 
 
+@pytest.mark.parametrize(("freed", "alarms"), [(3_000_000_000, []), (0, ["sleep_freed_nothing"]), (None, [])])
+def test_what_a_sleep_frees_is_logged_and_nothing_is_an_alarm(tmp_path, freed, alarms):
+    controller, _, folder = make(tmp_path, train={"steps": 1})
+    controller.engine.sleep = lambda: freed
+    assert controller.run() == "finished"
+    [step] = [e for e in read(folder.journal) if e.kind == "step"]
+    assert step.data["metrics"].get("engine/sleep_freed_gb") == (None if freed is None else freed / 1e9)
+    assert [e.data["name"] for e in read(folder.journal) if e.kind == "alarm"] == alarms
+
+
 def test_an_engine_that_slept_proves_itself_in_every_step(tmp_path):
     controller, _, folder = make(tmp_path, rollout={"probe_every": 0})
     controller.engine.wake = lambda: controller.at.step > 1
