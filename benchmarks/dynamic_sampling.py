@@ -112,7 +112,7 @@ def simulate_epochs(config: SamplingFilterConfig, epochs: int, redrawn: float = 
             for _ in range(round((passed + len(taken)) * redrawn) - round(passed * redrawn)):
                 pass_rates[rng.randrange(PROMPTS)] = rng.betavariate(SHAPE, SHAPE)
             passed += len(taken)
-            asked = [i for i in taken if buffer.asks(str(i))]
+            asked = [i for i in taken if buffer.should_sample(str(i))]
             right = [sum(rng.random() < pass_rates[i] for _ in range(GROUP_SIZE)) for i in asked]
             buffer.add([_group(step, str(i), mixed=0 < c < GROUP_SIZE) for i, c in zip(asked, right, strict=True)])
         report = buffer.report()

@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dapo.config import io
     from dapo.observe.run_folder import RunFolder
     from dapo.plan import checks
-    from dapo.plan.check import refuse
+    from dapo.plan.check_table import refuse
 
     if "=" in arguments.config:  # overrides alone
         arguments.overrides.insert(0, arguments.config)
@@ -173,7 +173,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _check(config: object) -> int:
     from dapo.config.run import RunConfig
     from dapo.plan import checks
-    from dapo.plan.check import failed, table, verdict
+    from dapo.plan.check_table import failed, table, verdict
 
     assert isinstance(config, RunConfig)
     found = checks.machine(config)

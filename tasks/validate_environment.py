@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
 from dapo.plan import checks
-from dapo.plan.check import Check, refuse, verdict
+from dapo.plan.check_table import Check, refuse, verdict
 from tasks.progress import Stage, artifact_key, best_effort, tell
 
 

@@ -13,7 +13,7 @@ from dapo.config.run import RunConfig
 from dapo.types import Outcome, Rollout, RolloutGroup, Scored, TrainBatch, TrainGroup, TrainSequence, Truncated
 
 
-def judged(group: RolloutGroup, config: RunConfig) -> RolloutGroup:
+def with_rewards(group: RolloutGroup, config: RunConfig) -> RolloutGroup:
     """Complete the outcomes (truncation, soft overlong punishment) and combine their parts into rewards."""
     rollouts = tuple(replace(r, outcome=_complete(r, config)) for r in group.rollouts)
     return replace(group, rollouts=rollouts, rewards=tuple(_reward(r.outcome, config) for r in rollouts))

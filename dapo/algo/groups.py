@@ -2,7 +2,7 @@
 
     buffer.begin_step(policy_version)
     while (size := buffer.next_round_size()) > 0:
-        buffer.add(score(generate([p for p in loader.take(size) if buffer.asks(p.id)])))
+        buffer.add(score(generate([p for p in loader.take(size) if buffer.should_sample(p.id)])))
     groups = buffer.take()
 
 A group is kept iff 0 < #correct < G. Kept groups leave in the order in which they came; what a step does not need waits
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dapo.algo.revisit import Revisits
+from dapo.algo.revisit import SelectiveSampling
 from dapo.algo.verdict import Verdict, classify
 from dapo.config.algorithm import SamplingFilterConfig
 from dapo.errors import StarvationError
@@ -106,7 +106,7 @@ class GroupBuffer:
         self._outcomes: Counter[str] = Counter()
         self._correct, self._reward = 0, 0.0
         self._skipped = 0  # since the last round
-        self._revisits = Revisits(1.0 if self._verl else config.revisit)
+        self._selective = SelectiveSampling(1.0 if self._verl else config.revisit)
 
     def __len__(self) -> int:
         """Kept groups waiting to be trained on."""
@@ -150,11 +150,11 @@ class GroupBuffer:
     def _is_fresh(self, group: RolloutGroup, policy_version: int) -> bool:
         return not self._verl and group.policy_version >= policy_version - self.config.max_staleness
 
-    def asks(self, prompt_id: str) -> bool:
+    def should_sample(self, prompt_id: str) -> bool:
         """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""
-        asks = self._revisits.asks(prompt_id)
-        self._skipped += not asks
-        return asks
+        sample = self._selective.should_sample(prompt_id)
+        self._skipped += not sample
+        return sample
 
     def next_round_size(self) -> int:
         """Prompts to take for the next round; 0: take no more, `take` the groups that there are."""
@@ -197,7 +197,7 @@ class GroupBuffer:
         self._skipped = 0
         for group, verdict in zip(groups, verdicts, strict=True):
             if verdict is not Verdict.FAILED:
-                self._revisits.saw(group.prompt.id, agreed=verdict is not Verdict.KEPT)
+                self._selective.record(group.prompt.id, agreed=verdict is not Verdict.KEPT)
 
     def _verdict(self, group: RolloutGroup) -> Verdict:
         # The rival keeps a group of one, whose advantage is its reward.
@@ -263,7 +263,7 @@ class GroupBuffer:
             "correct": self._correct,
             "reward": self._reward,
             "skipped": self._skipped,
-            "agreed": self._revisits.state_dict(),
+            "agreed": self._selective.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,4 +273,4 @@ class GroupBuffer:
         self._count, self._outcomes = Counter(state["counts"]), Counter(state["outcomes"])
         self._correct, self._reward = state["correct"], state["reward"]
         self._skipped = state["skipped"]
-        self._revisits.load_state_dict(state["agreed"])
+        self._selective.load_state_dict(state["agreed"])

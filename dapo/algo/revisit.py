@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 MOST_AGREED = 4
 
 
-class Revisits:
+class SelectiveSampling:
     """Remembers, per prompt, how often in a row its groups agreed.
 
     Args:
@@ -20,7 +20,7 @@ class Revisits:
         self.chance = chance
         self._agreed: dict[str, tuple[int, int]] = {}  # prompt id -> (agreed in a row, passed over since)
 
-    def asks(self, prompt_id: str) -> bool:
+    def should_sample(self, prompt_id: str) -> bool:
         """Whether a prompt is worth asking now. The same history gives the same answer."""
         agreed, passed_over = self._agreed.get(prompt_id, (0, 0))
         chance = self.chance ** min(agreed, MOST_AGREED)
@@ -29,7 +29,7 @@ class Revisits:
         self._agreed[prompt_id] = agreed, passed_over + 1
         return False
 
-    def saw(self, prompt_id: str, *, agreed: bool) -> None:
+    def record(self, prompt_id: str, *, agreed: bool) -> None:
         """A group of this prompt was judged."""
         if not agreed:
             self._agreed.pop(prompt_id, None)

@@ -21,7 +21,7 @@ from dapo.data.remote import is_url, probe
 from dapo.errors import EnvironmentCheckError
 from dapo.plan import machine as here
 from dapo.plan import npu, variables
-from dapo.plan.check import Check, fail, ok, skip, warn
+from dapo.plan.check_table import Check, fail, ok, skip, warn
 from dapo.plan.machine import GIB, Size
 
 # Ray, Prefect, the flow, the trainer's libraries: what a run takes before its model.
@@ -70,22 +70,22 @@ def cluster(config: RunConfig, nodes: Sequence[Mapping[str, Any]], pids: Sequenc
     """
     world = config.devices
     have = {name: sum(float(node["resources_total"].get(name, 0)) for node in nodes) for name in ("CPU", "GPU", "NPU")}
-    told = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}: " + ", ".join(
+    reason = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}: " + ", ".join(
         f"{count:.0f} {name}" for name, count in have.items() if count
     )
     wanted = {"npu": "NPU", "cuda": "GPU"}.get(config.device)
     if wanted is None:
-        devices = ok("Ray cluster", told)
+        devices = ok("Ray cluster", reason)
     elif have[wanted] < world:
         hint = "ray start --resources='{\"NPU\": 16}'" if wanted == "NPU" else "ray start --num-gpus=8"
         devices = fail(
             "Ray cluster",
-            f"{told}; model.parallel.world_size={world - config.rollout.devices} and rollout.devices="
+            f"{reason}; model.parallel.world_size={world - config.rollout.devices} and rollout.devices="
             f"{config.rollout.devices} need {world} {wanted}",
             f"join more nodes (where Ray cannot count: {hint}), or lower model.parallel.world_size",
         )
     else:
-        devices = ok("Ray cluster", told)
+        devices = ok("Ray cluster", reason)
     preloaded = (
         variables.mapped(config, pids)
         if config.ray.address is None
@@ -198,7 +198,7 @@ def _data(config: RunConfig, data: Path) -> Check:
 
 def _weights(config: RunConfig, weights: Path) -> list[Check]:
     try:
-        told = json.loads((weights / "config.json").read_text())
+        model_config = json.loads((weights / "config.json").read_text())
     except (OSError, ValueError) as error:
         return [fail("weights", f"{weights / 'config.json'}: {error}", "remove the folder; it is fetched again")]
     files = sorted(weights.glob("*.safetensors"))
@@ -209,8 +209,8 @@ def _weights(config: RunConfig, weights: Path) -> list[Check]:
         names = ", ".join(sorted(missing)) or "*.safetensors"
         return [fail("weights", f"{weights} lacks {names}", "remove the folder; it is fetched again")]
     stored = sum(file.stat().st_size for file in files)
-    text = told.get("text_config", told)
-    found = [ok("weights", f"{told.get('model_type', '?')}, {stored / GIB:.2f} GiB in {weights}")]
+    text = model_config.get("text_config", model_config)
+    found = [ok("weights", f"{model_config.get('model_type', '?')}, {stored / GIB:.2f} GiB in {weights}")]
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
     sequence, tensor = config.model.parallel.sequence_parallel, config.rollout.tensor_parallel
     if heads and heads % sequence:

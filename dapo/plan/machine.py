@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dapo.config.run import RunConfig
-from dapo.plan.check import Check, fail, ok, skip, warn
+from dapo.plan.check_table import Check, fail, ok, skip, warn
 
 GIB = 2**30
 
@@ -68,12 +68,14 @@ def size(count: float) -> str:
 
 def python() -> Check:
     here = sys.version_info[:2]
-    told = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    reason = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     if not PYTHON[0] <= here < PYTHON[1]:
-        return fail("python", told, "install Python 3.11 or 3.12 and make the environment anew (`make clean install`)")
+        return fail(
+            "python", reason, "install Python 3.11 or 3.12 and make the environment anew (`make clean install`)"
+        )
     if platform.system() != "Linux":
-        return fail("python", told, "run on Linux (processes are found through /proc)")
-    return ok("python", told)
+        return fail("python", reason, "run on Linux (processes are found through /proc)")
+    return ok("python", reason)
 
 
 def packages() -> Check:
@@ -99,16 +101,16 @@ def packages() -> Check:
 def memory(need: float, what: str) -> Check:
     """Available memory, cgroup limit included, against an estimate in bytes."""
     limit = memory_limit()
-    told = f"{size(limit)} available, about {size(need)} needed ({what})"
+    reason = f"{size(limit)} available, about {size(need)} needed ({what})"
     if need > limit:
-        return fail("memory", told, "close other programs, use a larger machine, or a smaller model or batch")
-    return ok("memory", told)
+        return fail("memory", reason, "close other programs, use a larger machine, or a smaller model or batch")
+    return ok("memory", reason)
 
 
 def memory_limit() -> float:
     """Bytes a new process may take: available memory, or what is left of the cgroup's limit."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
-    available = 1024.0 * int(told.get("MemAvailable", "0"))
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
+    available = 1024.0 * int(meminfo.get("MemAvailable", "0"))
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
@@ -144,10 +146,10 @@ def disk(name: str, folder: Path, need: float, what: str) -> Check:
     if not os.access(place, os.W_OK):
         return fail(name, f"{place} is not writable", "choose another folder (run_root, data.cache_dir) or its owner")
     free = shutil.disk_usage(place).free
-    told = f"{size(free)} free at {place}, about {size(need)} needed ({what})"
+    reason = f"{size(free)} free at {place}, about {size(need)} needed ({what})"
     if free < need:
-        return fail(name, told, "free some space, or set run_root / data.cache_dir to a larger disk")
-    return ok(name, told)
+        return fail(name, reason, "free some space, or set run_root / data.cache_dir to a larger disk")
+    return ok(name, reason)
 
 
 def shared_memory(need: float) -> Check:
@@ -156,15 +158,15 @@ def shared_memory(need: float) -> Check:
     if not place.is_dir():
         return warn("/dev/shm", "does not exist", "Ray falls back to slow files; mount a tmpfs there")
     free = shutil.disk_usage(place).free
-    told = f"{size(free)} free, about {size(need)} needed"
+    reason = f"{size(free)} free, about {size(need)} needed"
     if free < need:
         return fail(
             "/dev/shm",
-            told,
+            reason,
             "start the container with a larger --shm-size, or remount: "
             f"mount -o remount,size={max(1, round(need / GIB))}G /dev/shm",
         )
-    return ok("/dev/shm", told)
+    return ok("/dev/shm", reason)
 
 
 def limits(accelerated: bool) -> Check:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dapo.config.run import RunConfig
 from dapo.plan import variables
-from dapo.plan.check import Check, fail, ok, skip, warn
+from dapo.plan.check_table import Check, fail, ok, skip, warn
 from dapo.plan.machine import importable, installed
 
 # The set that runs together (docs/ascend.md): versions and where they come from.
@@ -71,12 +71,12 @@ def _devices(config: RunConfig, env: Mapping[str, str]) -> Check:
     visible = env.get("ASCEND_RT_VISIBLE_DEVICES")
     count = len(visible.split(",")) if visible else len(found)
     need = config.devices
-    told = f"{count} NPUs{f' (ASCEND_RT_VISIBLE_DEVICES={visible})' if visible else ''}, {need} needed"
+    reason = f"{count} NPUs{f' (ASCEND_RT_VISIBLE_DEVICES={visible})' if visible else ''}, {need} needed"
     if count < need:
         return fail(
-            "NPU devices", told, f"model.parallel.world_size={count}, or ray.address of a cluster with {need} devices"
+            "NPU devices", reason, f"model.parallel.world_size={count}, or ray.address of a cluster with {need} devices"
         )
-    return ok("NPU devices", told)
+    return ok("NPU devices", reason)
 
 
 def _driver() -> Check:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dapo.config.run import RunConfig
-from dapo.plan.check import Check, fail, ok, skip, warn
+from dapo.plan.check_table import Check, fail, ok, skip, warn
 
 # name: (what became of it, what to do)
 OBSOLETE = {
@@ -71,24 +71,24 @@ def of_npu(env: Mapping[str, str], config: RunConfig) -> Iterable[Check]:
 def _timeouts(env: Mapping[str, str]) -> Check:
     connect, execute = _number(env, "HCCL_CONNECT_TIMEOUT", 120), _number(env, "HCCL_EXEC_TIMEOUT", 1836)
     event = _number(env, "HCCL_EVENT_TIMEOUT", 1868)
-    told = f"connect {connect} s, exec {execute} s, event {event} s"
+    reason = f"connect {connect} s, exec {execute} s, event {event} s"
     if not 120 <= connect <= 7200:
-        return fail("HCCL time limits", told, "set HCCL_CONNECT_TIMEOUT between 120 and 7200 (seconds)")
+        return fail("HCCL time limits", reason, "set HCCL_CONNECT_TIMEOUT between 120 and 7200 (seconds)")
     if env.get("HCCL_OP_EXPANSION_MODE") == "AIV" and execute > 1091:
         return warn(
             "HCCL time limits",
-            f"{told}; in AIV mode exec is cut to 1091 s: a rank that is later than that ends the run",
+            f"{reason}; in AIV mode exec is cut to 1091 s: a rank that is later than that ends the run",
             "set HCCL_EXEC_TIMEOUT=1091 knowingly, or HCCL_OP_EXPANSION_MODE=AI_CPU",
         )
     if event <= execute:
-        return fail("HCCL time limits", told, "HCCL_EVENT_TIMEOUT must be larger than HCCL_EXEC_TIMEOUT")
+        return fail("HCCL time limits", reason, "HCCL_EVENT_TIMEOUT must be larger than HCCL_EXEC_TIMEOUT")
     if connect > 1500:
         return warn(
             "HCCL time limits",
-            f"{told}: a dead node is noticed after {connect // 60} minutes",
+            f"{reason}: a dead node is noticed after {connect // 60} minutes",
             "HCCL_CONNECT_TIMEOUT between 600 and 1500 is enough",
         )
-    return ok("HCCL time limits", told)
+    return ok("HCCL time limits", reason)
 
 
 def _interfaces(env: Mapping[str, str]) -> Check:

@@ -52,7 +52,7 @@ def serve() -> None:
     while _await_request(requests.fileno(), parent) and (line := requests.readline()):
         for response, answer in json.loads(line):
             signal.setitimer(signal.ITIMER_REAL, limit)
-            reply(judge(function, response, answer))
+            reply(call_reward(function, response, answer))
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
@@ -64,7 +64,7 @@ def _await_request(descriptor: int, parent: int) -> bool:
     return True
 
 
-def judge(function: Reward, response: str, answer: str) -> dict[str, Any]:
+def call_reward(function: Reward, response: str, answer: str) -> dict[str, Any]:
     """Call the reward; the fields of `Scored`, or ``{"crashed": reason}``."""
     try:
         return _fields(function(response, answer))

@@ -112,7 +112,7 @@ class DynamicSampling:
             answering = {group.prompt.id for group in self.generation.open}
             self._postponed = [i for i in offered if self.prompts[i].id in answering]
             free = [p for i in offered if (p := self.prompts[i]).id not in answering]
-            asked = [p for p in free if self.buffer.asks(p.id)]
+            asked = [p for p in free if self.buffer.should_sample(p.id)]
             if not asked and not self.generation.open:
                 if self._no_more_prompts:
                     break

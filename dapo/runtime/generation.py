@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from dapo.algo.batch import judged
+from dapo.algo.batch import with_rewards
 from dapo.config.run import RunConfig
 from dapo.errors import EngineError, RewardError
 from dapo.rollout.engine import Begun
@@ -75,7 +75,7 @@ class OpenGroup:
             self.completions = [None] * len(self.completions)
             self.outcomes.clear()
 
-    def judged(self) -> RolloutGroup:
+    def to_group(self) -> RolloutGroup:
         rollouts = tuple(
             Rollout(self.prompt.id, i, completion, *self.outcomes[i])
             for i, completion in enumerate(self.completions)
@@ -176,7 +176,7 @@ class Generation:
                 judge()
                 for verdict in verdicts:
                     verdict.result()
-        return [judged(group.judged(), self.config) for group in asked if group.complete]
+        return [with_rewards(group.to_group(), self.config) for group in asked if group.complete]
 
     def _judge(self, finished: Sequence[tuple[OpenGroup, int]]) -> None:
         new = [(group, i) for group, i in finished if i not in group.outcomes]

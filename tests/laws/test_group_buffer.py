@@ -196,35 +196,35 @@ def test_as_the_paper_or_the_reference_has_it_every_prompt_is_asked_every_time(c
     buffer = GroupBuffer(config, 4)
     for _ in range(5):
         buffer.add([group("p", [False, False])])
-        assert buffer.asks("p")
+        assert buffer.should_sample("p")
 
 
 def test_prompts_whose_groups_agree_are_asked_ever_more_rarely_but_never_given_up() -> None:
     names = [f"p{i}" for i in range(1000)]
     buffer = GroupBuffer(SamplingFilterConfig(revisit=0.5), 4)
     for expected in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.0625):
-        asked = [name for name in names if buffer.asks(name)]
+        asked = [name for name in names if buffer.should_sample(name)]
         assert len(asked) == pytest.approx(expected * 1000, abs=60)
         buffer.add([group(name, [True, True]) for name in names])
     assert buffer.report().skipped == pytest.approx(4000, abs=200)
     buffer.add([group(name, [True, False]) for name in names])
-    assert all(buffer.asks(name) for name in names)
+    assert all(buffer.should_sample(name) for name in names)
 
 
 def test_a_failed_check_says_nothing_about_a_prompt() -> None:
     buffer = GroupBuffer(SamplingFilterConfig(revisit=0.001), 4)
     buffer.add([group("p", [None, None])])
-    assert buffer.asks("p")
+    assert buffer.should_sample("p")
 
 
 def test_a_resumed_buffer_passes_over_the_same_prompts() -> None:
     buffer = GroupBuffer(SamplingFilterConfig(revisit=0.5), 4)
     names = [f"p{i}" for i in range(50)]
     buffer.add([group(name, [True, True]) for name in names])
-    first = [buffer.asks(name) for name in names]
+    first = [buffer.should_sample(name) for name in names]
     copy = reloaded(buffer)
-    again = [buffer.asks(name) for name in names]
-    assert [copy.asks(name) for name in names] == again
+    again = [buffer.should_sample(name) for name in names]
+    assert [copy.should_sample(name) for name in names] == again
     assert again != first
     assert copy.state_dict() == buffer.state_dict()
 

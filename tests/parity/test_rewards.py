@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dapo.algo.batch import judged
+from dapo.algo.batch import with_rewards
 from dapo.config.run import RunConfig
 from dapo.errors import ConfigError
 from dapo.rewards.geometry3k import grade, last_boxed
@@ -111,7 +111,7 @@ def test_format_answer_and_score_are_the_references_where_the_verdicts_agree(cas
 def reward_of(outcome: Scored) -> float | None:
     """What a run with the recipe's weights makes of an outcome."""
     rollout = Rollout("p", 0, Completion((1,), (0.0,), FinishReason.STOP, 0), outcome, "")
-    return judged(RolloutGroup(Prompt("p", (1,), (), (), "48", ""), (rollout,)), RunConfig()).rewards[0]
+    return with_rewards(RolloutGroup(Prompt("p", (1,), (), (), "48", ""), (rollout,)), RunConfig()).rewards[0]
 
 
 @pytest.mark.golden("07_reward_rows")

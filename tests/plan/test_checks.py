@@ -10,7 +10,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError
 from dapo.plan import checks, machine, npu, variables
-from dapo.plan.check import Check, refuse, table, verdict
+from dapo.plan.check_table import Check, refuse, table, verdict
 
 GIB = 2**30
 
