@@ -169,8 +169,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from dapo.observe.registry import one_sentence
 
     with one_sentence(uri := _store(arguments)):
-        told, page = compare_runs(arguments.runs, uri, arguments.run_root, arguments.out)
-    print(told)
+        text, page = compare_runs(arguments.runs, uri, arguments.run_root, arguments.out)
+    print(text)
     print(f"\n{page}")
     return 0
 

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from dapo.data.retry import ATTEMPTS, pause, short
 from dapo.data.storage import Progress, exclusive, quiet, room_on
-from dapo.data.transfer import RemoteFile, Transfer, is_transport
+from dapo.data.transfer import HubFile, Transfer, is_transport
 from dapo.errors import DapoError, DataError, WeightsError
 from dapo.files import write_whole
 
@@ -78,7 +78,7 @@ class HubRepo:
             f"{self.folder.parent} or {self._client_cache.parent}; connect once, or give a local folder"
         )
 
-    def files(self, commit: str) -> list[RemoteFile]:
+    def files(self, commit: str) -> list[HubFile]:
         """All files of a commit."""
         listing = self.folder / f"{commit}.files.json"
         reason = "HF_HUB_OFFLINE is set"
@@ -88,7 +88,7 @@ class HubRepo:
             except _Unreachable as error:
                 reason = str(error)
         if listing.is_file():
-            return [RemoteFile(**entry) for entry in json.loads(listing.read_text())]
+            return [HubFile(**entry) for entry in json.loads(listing.read_text())]
         if local := list(self._files_of_client(commit)):
             return local
         raise self.error(
@@ -99,7 +99,7 @@ class HubRepo:
     def snapshot(
         self,
         commit: str,
-        files: Sequence[RemoteFile],
+        files: Sequence[HubFile],
         *,
         inspect: Callable[[Path], None] = lambda folder: None,
         progress: Progress = quiet,
@@ -151,7 +151,7 @@ class HubRepo:
         info: Any = self._with_retries(ask)
         commit = str(info.sha)
         entries = [
-            RemoteFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id) for s in info.siblings or []
+            HubFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id) for s in info.siblings or []
         ]
         for entry in entries:
             if not _stays_inside(entry.path):
@@ -208,7 +208,7 @@ class HubRepo:
         url = partial(hf_hub_url, self.repo, repo_type=self.kind, revision=commit, endpoint=self.endpoint)
         return Transfer(f"{self.kind} {self.repo}", url, self._reason, self.error)
 
-    def _refuse_offline(self, commit: str, files: Sequence[RemoteFile], folder: Path) -> None:
+    def _refuse_offline(self, commit: str, files: Sequence[HubFile], folder: Path) -> None:
         missing = [f.path for f in files if not (folder / f.path).exists()]
         if missing and _offline():
             raise self.error(
@@ -218,7 +218,7 @@ class HubRepo:
 
     # what the hub's own client has on this machine
 
-    def _files_of_client(self, commit: str) -> Iterable[RemoteFile]:
+    def _files_of_client(self, commit: str) -> Iterable[HubFile]:
         """Files of a commit in the client's cache; their checksums are the names of the blobs they point to."""
         snapshot = self._client_cache / "snapshots" / commit
         for path in sorted(snapshot.rglob("*")):
@@ -228,9 +228,9 @@ class HubRepo:
             large = digest if len(digest) == 64 else None
             blob = digest if len(digest) == 40 else None
             if large or blob:
-                yield RemoteFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, large, blob)
+                yield HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, large, blob)
 
-    def _import_from_client(self, commit: str, files: Sequence[RemoteFile], folder: Path) -> None:
+    def _import_from_client(self, commit: str, files: Sequence[HubFile], folder: Path) -> None:
         """Takes what the client's cache holds, by hard link where both are on one disk."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
@@ -260,7 +260,7 @@ def _is_commit(revision: str) -> bool:
     return len(revision) == 40 and _HEX.issuperset(revision)
 
 
-def _is_complete(folder: Path, files: Sequence[RemoteFile]) -> bool:
+def _is_complete(folder: Path, files: Sequence[HubFile]) -> bool:
     if not (folder / "manifest.json").is_file():
         return False
     return all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.size for f in files)

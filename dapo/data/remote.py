@@ -25,7 +25,7 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", 
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
+class StoredObject:
     """One object."""
 
     size: int
@@ -63,13 +63,13 @@ class RemoteFolder:
         # Object stores have no folders to make, and their drivers would make a misspelt bucket instead.
         self._has_folders = protocol not in _PACKAGES
 
-    def files(self, under: str = "") -> dict[str, RemoteFile]:
+    def files(self, under: str = "") -> dict[str, StoredObject]:
         """All objects below (relative names), in one listing."""
         self._fs.invalidate_cache()
         root = self._path(under)
         found = self._fs.find(root, detail=True)
         return {
-            name.removeprefix(self._root).lstrip("/"): RemoteFile(int(info["size"]), _version(info))
+            name.removeprefix(self._root).lstrip("/"): StoredObject(int(info["size"]), _version(info))
             for name, info in sorted(found.items())
             if name != root
         }
@@ -195,7 +195,7 @@ def _write_probe(folder: RemoteFolder) -> str:
     return "an object was written, read and removed"
 
 
-def _listed(url: str, key: str, error: type[DapoError]) -> tuple[RemoteFolder, dict[str, RemoteFile]]:
+def _listed(url: str, key: str, error: type[DapoError]) -> tuple[RemoteFolder, dict[str, StoredObject]]:
     folder = RemoteFolder(url)
     try:
         files = attempt(folder.files, f"listing {url}")
@@ -208,11 +208,11 @@ def _listed(url: str, key: str, error: type[DapoError]) -> tuple[RemoteFolder, d
     return folder, files
 
 
-def _fetch_file(folder: RemoteFolder, name: str, told: RemoteFile, file: Path, error: type[DapoError]) -> None:
+def _fetch_file(folder: RemoteFolder, name: str, listed: StoredObject, file: Path, error: type[DapoError]) -> None:
     def get() -> None:
         folder.get(name, file)
-        if file.stat().st_size != told.size:
-            raise OSError(f"{file.stat().st_size} bytes arrived instead of {told.size}")
+        if file.stat().st_size != listed.size:
+            raise OSError(f"{file.stat().st_size} bytes arrived instead of {listed.size}")
 
     try:
         attempt(get, f"downloading {folder.url}/{name}")
@@ -220,7 +220,7 @@ def _fetch_file(folder: RemoteFolder, name: str, told: RemoteFile, file: Path, e
         raise error(f"{folder.url}/{name} cannot be downloaded ({short(cause)}); start the run again") from None
 
 
-def _digest(url: str, files: dict[str, RemoteFile]) -> str:
+def _digest(url: str, files: dict[str, StoredObject]) -> str:
     parts = [url, *([name, file.size, file.version] for name, file in files.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

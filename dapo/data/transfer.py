@@ -19,7 +19,7 @@ _FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
+class HubFile:
     """A file of a commit. Large files have a sha256, all others a git blob id; either proves the content."""
 
     path: str
@@ -54,7 +54,7 @@ class Transfer:
     why: Callable[[Any], str]
     error: type[DapoError]
 
-    def run(self, files: Sequence[RemoteFile], folder: Path, progress: Progress) -> None:
+    def run(self, files: Sequence[HubFile], folder: Path, progress: Progress) -> None:
         """Fetches what is missing in `folder`; a file that has its name there was verified before it got it.
 
         Raises:
@@ -86,7 +86,7 @@ class Transfer:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _fetch(self, file: RemoteFile, part: Path, arrived: Callable[[int], None], stop: threading.Event) -> None:
+    def _fetch(self, file: HubFile, part: Path, arrived: Callable[[int], None], stop: threading.Event) -> None:
         """One file: continue its part, compare the checksum, give it its name."""
         part.parent.mkdir(parents=True, exist_ok=True)
         bar = _byte_counter(arrived, stop)
@@ -115,7 +115,7 @@ class Transfer:
             "finished files are kept"
         )
 
-    def _continue(self, file: RemoteFile, part: Path, begun: int, bar: type[Any]) -> str:
+    def _continue(self, file: HubFile, part: Path, begun: int, bar: type[Any]) -> str:
         """Appends what is missing to a part; returns why it ended early, empty where it did not."""
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.file_download import http_get

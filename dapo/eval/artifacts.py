@@ -32,8 +32,8 @@ class Artifacts:
         """What lies in a folder; empty where it does not exist."""
         if not self._ask_server:
             return [str(found.path) for found in self._client.list_artifacts(self._run_id, folder)]
-        told = self._get("/api/2.0/mlflow/artifacts/list", path=folder).json()
-        return [str(found["path"]) for found in told.get("files", ())]
+        answer = self._get("/api/2.0/mlflow/artifacts/list", path=folder).json()
+        return [str(found["path"]) for found in answer.get("files", ())]
 
     def text(self, path: str) -> str | None:
         """A file's content; None where it does not exist."""

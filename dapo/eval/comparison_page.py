@@ -94,14 +94,14 @@ def markdown(comparison: Comparison) -> str:
             lines += [f"| {p.metric} at {_number(p.at)} | {' | '.join(map(_number, p.values))} |" for p in points]
     if comparison.pairs:
         lines += ["", f"## Against {names[0]}, over the same prompts", ""]
-        lines += [f"- **{pair.run}**: {_told(pair)}" for pair in comparison.pairs]
+        lines += [f"- **{pair.run}**: {_pair_text(pair)}" for pair in comparison.pairs]
     if comparison.differences:
         lines += ["", "## What differs", "", head.replace("| | ", "| key | ", 1)]
         lines += [f"| {d.section}: {d.key} | {' | '.join(v[:40] for v in d.values)} |" for d in comparison.differences]
     return "\n".join(lines)
 
 
-def _told(pair: Pair) -> str:
+def _pair_text(pair: Pair) -> str:
     d = pair.difference
     if d is None:
         return pair.where

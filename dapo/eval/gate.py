@@ -45,7 +45,7 @@ class GateConfig(Frozen):
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class GateCheck:
     """One condition and how it came out."""
 
     name: str
@@ -59,7 +59,7 @@ class Decision:
     """What the gate says, with everything it was said from."""
 
     promote: bool
-    checks: tuple[Check, ...]
+    checks: tuple[GateCheck, ...]
     difference: Interval
     """Accuracy, challenger minus champion, paired over prompts."""
     champion: dict[str, float]
@@ -75,7 +75,7 @@ class Decision:
 
     def plain(self) -> dict[str, Any]:
         """For JSON; everything but NaN, which JSON has not."""
-        told = {
+        record = {
             "promote": self.promote,
             "reasons": self.reasons,
             "difference": asdict(self.difference),
@@ -85,7 +85,7 @@ class Decision:
             "slices": [_plain(one) for one in self.slices],
             "gate": self.gate.model_dump(mode="json"),
         }
-        return dict(_without_nan(told))
+        return dict(_without_nan(record))
 
 
 def decide(champion: Results, challenger: Results, gate: GateConfig) -> Decision:
@@ -106,7 +106,7 @@ def decide(champion: Results, challenger: Results, gate: GateConfig) -> Decision
         _check(
             "gain",
             pair.difference.low > gate.min_gain,
-            f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {_told(pair.difference)} over "
+            f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, difference {_text(pair.difference)} over "
             f"{pair.prompts} prompts",
             f"does not lie above {gate.min_gain:+.3f}",
             f"lies above {gate.min_gain:+.3f}",
@@ -132,7 +132,7 @@ def decide(champion: Results, challenger: Results, gate: GateConfig) -> Decision
     return Decision(all(c.passed for c in checks), tuple(checks), pair.difference, before, after, pair.slices, gate)
 
 
-def _limits(before: dict[str, float], after: dict[str, float], gate: GateConfig) -> list[Check]:
+def _limits(before: dict[str, float], after: dict[str, float], gate: GateConfig) -> list[GateCheck]:
     """Regressions in what accuracy does not show."""
     limits: list[tuple[str, str, float | None, Callable[[float], bool], str]] = [
         (
@@ -170,13 +170,13 @@ def _limits(before: dict[str, float], after: dict[str, float], gate: GateConfig)
     ]
 
 
-def _slice_check(parts: Sequence[PairedSlice], most: float, least_prompts: int) -> Check:
+def _slice_check(parts: Sequence[PairedSlice], most: float, least_prompts: int) -> GateCheck:
     judged = [p for p in parts if p.prompts >= least_prompts]
     worse = [p for p in judged if p.difference.value < -most and p.difference.high < 0]
-    named = "; ".join(f"{p.tag} {_told(p.difference)} ({p.prompts} prompts)" for p in worse)
+    named = "; ".join(f"{p.tag} {_text(p.difference)} ({p.prompts} prompts)" for p in worse)
     if worse:
-        return Check("slices", False, f"slices lost more than {most}: {named}")
-    return Check("slices", True, f"none of {len(judged)} slices lost more than {most} beyond chance")
+        return GateCheck("slices", False, f"slices lost more than {most}: {named}")
+    return GateCheck("slices", True, f"none of {len(judged)} slices lost more than {most} beyond chance")
 
 
 def _same_questions(champion: Results, challenger: Results) -> None:
@@ -196,17 +196,17 @@ def _same_questions(champion: Results, challenger: Results) -> None:
         )
 
 
-def _check(name: str, passed: bool, numbers: str, bad: str, good: str) -> Check:
-    return Check(name, passed, f"{numbers}: {good if passed else bad}")
+def _check(name: str, passed: bool, numbers: str, bad: str, good: str) -> GateCheck:
+    return GateCheck(name, passed, f"{numbers}: {good if passed else bad}")
 
 
-def _told(interval: Interval) -> str:
+def _text(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _plain(one: PairedSlice) -> dict[str, Any]:
-    told: dict[str, Any] = {"tag": one.tag, "prompts": one.prompts, "champion": one.baseline, "challenger": one.ours}
-    return told | {"difference": asdict(one.difference)}
+    record: dict[str, Any] = {"tag": one.tag, "prompts": one.prompts, "champion": one.baseline, "challenger": one.ours}
+    return record | {"difference": asdict(one.difference)}
 
 
 def _without_nan(value: Any) -> Any:

@@ -95,7 +95,7 @@ def checkpoint_of(run: Path) -> Path:
 def digest_of(checkpoint: Path) -> str:
     """16 hex digits of a checkpoint's Hugging Face files, from its manifest: the same wherever it is copied to."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    ours = sorted((name, told["sha256"]) for name, told in files.items() if name.startswith("hf/"))
+    ours = sorted((name, entry["sha256"]) for name, entry in files.items() if name.startswith("hf/"))
     return hashlib.sha256(json.dumps(ours).encode()).hexdigest()[:16]
 
 

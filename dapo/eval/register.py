@@ -44,19 +44,19 @@ def register(
     run = RunFolder(checkpoint.parent.parent)
     registry = Registry(tracking_uri(config), name)
     run_id = str(json.loads(run.mlflow.read_text())["run_id"]) if run.mlflow.exists() else ""
-    told = json.loads((checkpoint / "manifest.json").read_text())
+    saved = json.loads((checkpoint / "manifest.json").read_text())
     uri = (checkpoint / "hf").as_uri()
     card = model_card(checkpoint, evaluation)
     (checkpoint / "hf" / "README.md").write_text(card)
     model_id = logged_model(
         registry.client,
         experiment_id(registry.client, config),
-        f"{run.id}-step-{told['step']}",
+        f"{run.id}-step-{saved['step']}",
         uri,
         run_id,
-        {"step": str(told["step"])},
+        {"step": str(saved["step"])},
     )
-    version = registry.register(model_id, run_id, _tags(run, checkpoint, told, uri), card)
+    version = registry.register(model_id, run_id, _tags(run, checkpoint, saved, uri), card)
     (checkpoint / REGISTERED).write_text(json.dumps({"model": name, "version": version.version}))
     return version
 
@@ -64,15 +64,15 @@ def register(
 def model_card(checkpoint: Path, evaluation: EvaluationFolder | None = None) -> str:
     """Markdown: what, from what, on what data, how good, by which grader, how to load it."""
     run = RunFolder(checkpoint.parent.parent)
-    told = json.loads((checkpoint / "manifest.json").read_text())
+    saved = json.loads((checkpoint / "manifest.json").read_text())
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dapo.eval"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     measured = evaluation.read_metrics() | evaluation.read_inputs() if evaluation else None
     return environment.get_template("model_card.md.j2").render(
         run=run.id,
-        step=told["step"],
-        metrics=told["metrics"],
+        step=saved["step"],
+        metrics=saved["metrics"],
         config=io.load(run.config),
         made=manifest.read(run),
         evaluation=measured,
@@ -81,7 +81,7 @@ def model_card(checkpoint: Path, evaluation: EvaluationFolder | None = None) -> 
     )
 
 
-def _tags(run: RunFolder, checkpoint: Path, told: Mapping[str, Any], uri: str) -> dict[str, str]:
+def _tags(run: RunFolder, checkpoint: Path, saved: Mapping[str, Any], uri: str) -> dict[str, str]:
     made = manifest.read(run)
     config = io.load(run.config)
     data, code = made.get("data", {}), made.get("code", {})
@@ -89,7 +89,7 @@ def _tags(run: RunFolder, checkpoint: Path, told: Mapping[str, Any], uri: str) -
     tags = {
         "checkpoint.uri": uri,
         "checkpoint.digest": digest_of(checkpoint),
-        "checkpoint.step": str(told["step"]),
+        "checkpoint.step": str(saved["step"]),
         "dapo.run_id": run.id,
         "config.digest": hashlib.sha256(resolved.encode()).hexdigest()[:16],
         "data.key": Path(data.get("path", "")).name,
@@ -100,5 +100,5 @@ def _tags(run: RunFolder, checkpoint: Path, told: Mapping[str, Any], uri: str) -
         "weights.from": str(made.get("weights", {}).get("path", "")),
         "reward.function": config.reward.function,
     }
-    scores = {k: v for k, v in told["metrics"].items() if k in ("val/accuracy", "val/format", "val/length_mean")}
+    scores = {k: v for k, v in saved["metrics"].items() if k in ("val/accuracy", "val/format", "val/length_mean")}
     return tags | {f"metric.{name}": f"{value:.6g}" for name, value in scores.items()}

@@ -83,8 +83,8 @@ class RouterReplay:
         if self.chosen is None:
             return None
         logits, _, own = output
-        told = self.chosen[:, layer]
-        chosen = torch.where(told < 0, own, told)
+        recorded = self.chosen[:, layer]
+        chosen = torch.where(recorded < 0, own, recorded)
         picked = nn.functional.softmax(logits, dtype=torch.float32, dim=-1).gather(1, chosen)
         if getattr(router, "norm_topk_prob", True):  # Qwen3-VL-MoE always does
             picked = picked / picked.sum(-1, keepdim=True)
@@ -105,10 +105,10 @@ class RouterReplay:
                 f"router replay: the engine told experts in {len(record)} bytes for {tokens} input tokens or more; "
                 f"{self.layers} layers of {self.choices} of {self.experts} experts take {row} bytes per token"
             )
-        told = torch.frombuffer(bytearray(record), dtype=kind).to(torch.long)
-        if int(told.max()) >= self.experts:
-            raise EngineError(f"router replay: the engine told expert {int(told.max())} of {self.experts}")
-        return told.view(-1, self.layers, self.choices)
+        chosen = torch.frombuffer(bytearray(record), dtype=kind).to(torch.long)
+        if int(chosen.max()) >= self.experts:
+            raise EngineError(f"router replay: the engine told expert {int(chosen.max())} of {self.experts}")
+        return chosen.view(-1, self.layers, self.choices)
 
 
 class RouterLoad:

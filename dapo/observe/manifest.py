@@ -137,7 +137,7 @@ def _file_of(module: str) -> Path | None:
 def _source_of(folder: Path) -> dict[str, Any]:
     """Path and, where the preparing stage left one, its manifest (source, revision, counts, digests)."""
     try:
-        told = json.loads((folder / "manifest.json").read_text())
+        saved = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
-        told = {}
-    return {"path": str(folder), **told}
+        saved = {}
+    return {"path": str(folder), **saved}

@@ -11,12 +11,12 @@ from dapo.observe.run_folder import RunFolder
 
 def page(folder: RunFolder) -> str | None:
     """Address of the run's page in MLflow; None before anything was shipped, and where no server shows the store."""
-    told = _read(folder.mlflow)
-    store, experiment = str(told.get("tracking_uri", "")), told.get("experiment_id")
+    saved = _read(folder.mlflow)
+    store, experiment = str(saved.get("tracking_uri", "")), saved.get("experiment_id")
     server = store if store.startswith("http") else _shown_by(folder.root.parent, store)
     if not server or experiment is None:
         return None
-    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{told['run_id']}"
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{saved['run_id']}"
 
 
 def _shown_by(runs: Path, store: str) -> str | None:

@@ -196,9 +196,9 @@ class Registry:
         now, before = self.require(CHAMPION), self.get(PREVIOUS)
         if before is None or before.version == now.version:
             raise ConfigError(self._nothing_before(now))
-        told = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "by": _operator(), "reason": reason}
+        record = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "by": _operator(), "reason": reason}
         # First the record, for the alias is the one write that counts: killed before it, the same command is repeated.
-        self.tag(now, {f"rollback.{key}": value for key, value in (told | {"to": str(before.version)}).items()})
+        self.tag(now, {f"rollback.{key}": value for key, value in (record | {"to": str(before.version)}).items()})
         self.client.set_registered_model_alias(self.name, CHAMPION, str(before.version))
         return now, before
 

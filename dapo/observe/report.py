@@ -35,8 +35,8 @@ def write_report(folder: RunFolder) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         run=folder.id,
-        summary=(told := summary(events)),
-        headline=headline(told),
+        summary=(totals := summary(events)),
+        headline=headline(totals),
         charts=[(chart, svg) for chart in CHARTS if (svg := draw(chart, events))],
         samples=samples(folder, events),
         alarms=[e for e in events if e.kind == "alarm"],
@@ -70,22 +70,22 @@ def summary(events: list[Event]) -> dict[str, Any]:
     }
 
 
-def headline(told: dict[str, Any]) -> list[tuple[str, str]]:
+def headline(totals: dict[str, Any]) -> list[tuple[str, str]]:
     """`summary` as (value, label) for people."""
 
     def accuracy(event: Event | None) -> str:
         return f"{100 * event.data['metrics']['val/accuracy']:.1f} %" if event else "-"
 
-    best = f"best, step {told['best'].step}" if told["best"] else "best"
+    best = f"best, step {totals['best'].step}" if totals["best"] else "best"
     return [
-        (accuracy(told["before"]), "held-out accuracy before"),
-        (accuracy(told["after"]), "after"),
-        (accuracy(told["best"]), best),
-        (f"{told['step']} of {told['total_steps']}", "steps"),
-        (f"{told['seconds_per_step']:.2f} s" if told["seconds_per_step"] else "-", "mean time of a step"),
-        (f"{told['minutes']:.1f} min", "training"),
-        (str(told["alarms"]), "alarms"),
-        (str(told["attempts"]), "start of the job" if told["attempts"] == 1 else "starts of the job"),
+        (accuracy(totals["before"]), "held-out accuracy before"),
+        (accuracy(totals["after"]), "after"),
+        (accuracy(totals["best"]), best),
+        (f"{totals['step']} of {totals['total_steps']}", "steps"),
+        (f"{totals['seconds_per_step']:.2f} s" if totals["seconds_per_step"] else "-", "mean time of a step"),
+        (f"{totals['minutes']:.1f} min", "training"),
+        (str(totals["alarms"]), "alarms"),
+        (str(totals["attempts"]), "start of the job" if totals["attempts"] == 1 else "starts of the job"),
     ]
 
 

@@ -175,27 +175,27 @@ class Shipper:
         found = client.search_runs([experiment], f"tags.`dapo.run_key` = '{folder.id}/{key}'")
         if found:
             return str(found[0].info.run_id)
-        told = manifest.read(folder)
+        saved = manifest.read(folder)
         tags = {
             "dapo.run_id": folder.id,
             "dapo.run_key": f"{folder.id}/{key}",
             "dapo.run_folder": str(folder.root),
-            "mlflow.source.git.commit": told.get("code", {}).get("commit", ""),
-            **{f"package.{n}": v for n, v in told.get("packages", {}).items()},
+            "mlflow.source.git.commit": saved.get("code", {}).get("commit", ""),
+            **{f"package.{n}": v for n, v in saved.get("packages", {}).items()},
         }
         run_id = str(client.create_run(experiment, run_name=folder.id, tags=tags).info.run_id)
-        self._describe(client, run_id, told)
+        self._describe(client, run_id, saved)
         return run_id
 
-    def _describe(self, client: MlflowClient, run_id: str, told: dict[str, Any]) -> None:
+    def _describe(self, client: MlflowClient, run_id: str, saved: dict[str, Any]) -> None:
         """Parameters, configuration, manifest and the data set with its digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         flat = _flat(self.config.model_dump(mode="json"))
         client.log_batch(run_id, params=[Param(k, str(v)[:MAX_PARAM_CHARS]) for k, v in flat.items()])
         client.log_dict(run_id, self.config.model_dump(mode="json"), "config.yaml")
-        client.log_dict(run_id, told, "manifest.json")
-        data = told.get("data", {})
+        client.log_dict(run_id, saved, "manifest.json")
+        data = saved.get("data", {})
         if path := data.get("path"):
             digest = str(data.get("digest") or data.get("key") or Path(path).name)[:36]
             source = json.dumps({"uri": path, **{k: data[k] for k in ("source", "revision") if k in data}}, default=str)

@@ -154,7 +154,7 @@ class RewardPool:
         now = time.monotonic()
         for position, worker in enumerate(self._workers):
             if worker.ended:
-                lost: Judged = worker.last_words()
+                lost: Judged = worker.why_ended()
             elif worker.expires <= now and worker not in replied and (worker.pending or not worker.ready):
                 lost = TimedOut(self.deadline_s)
             else:
@@ -220,8 +220,8 @@ class _Worker:
         if lines:
             self.expires = time.monotonic() + self.deadline_s
 
-    def last_words(self) -> Crashed | TimedOut:
-        """Why it closed its pipe."""
+    def why_ended(self) -> Crashed | TimedOut:
+        """The outcome of the answers that the ended process leaves unchecked."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=EXIT_S)
         _kill(self.process)

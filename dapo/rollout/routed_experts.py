@@ -54,8 +54,8 @@ class RoutedExperts:
 
     def of(self, row: int, length: int, *, first: bool) -> bytes:
         """The record of a response of `length` tokens (`Completion.experts`); a first one tells of the prompt, too."""
-        told = self._table[row, 0 if first else 1 : length]
-        return told.contiguous().view(torch.uint8).numpy().tobytes()
+        record = self._table[row, 0 if first else 1 : length]
+        return record.contiguous().view(torch.uint8).numpy().tobytes()
 
     def _take(self) -> list[Tensor]:
         calls, self._calls = self._calls, []
@@ -75,8 +75,8 @@ def experts_of(sample: Any, prompt: Prompt, layers: Sequence[int], *, first: boo
             f"prompt {prompt.id}: vLLM told the experts of {0 if routed is None else len(routed)} of {inputs} tokens; "
             "set rollout.router_replay=false"
         )
-    told: bytes = routed[0 if first else len(prompt.token_ids) : inputs, list(layers)].tobytes()
-    return told
+    record: bytes = routed[0 if first else len(prompt.token_ids) : inputs, list(layers)].tobytes()
+    return record
 
 
 def expert_layers(folder: Path) -> list[int]:

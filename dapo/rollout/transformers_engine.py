@@ -238,10 +238,10 @@ class TransformersEngine:
         samples = len(wave[0].samples)
         for row, ids, logprobs, reason in ended:
             job = wave[row // samples]
-            sample, told = job.samples[row % samples], b""
+            sample, experts = job.samples[row % samples], b""
             if self._experts is not None:
-                told = self._experts.of(row, len(ids), first=sample == 0)
-            completion = Completion(tuple(ids), tuple(logprobs), reason, self.version, experts=told)
+                experts = self._experts.of(row, len(ids), first=sample == 0)
+            completion = Completion(tuple(ids), tuple(logprobs), reason, self.version, experts=experts)
             check_completion(completion, self.vocab_size, params.banned_token_ids)
             if job.begun is not None:
                 completion = job.begun.continued(completion)

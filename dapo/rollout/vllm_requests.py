@@ -128,12 +128,12 @@ class Requests:
             reason = FinishReason.STOP
         else:
             reason = FinishReason.UNFINISHED if sample.finish_reason is None else FinishReason.LENGTH
-        told = b""
+        experts = b""
         if self.expert_layers:
             first = request.first + sample.index == 0
-            told = experts_of(sample, request.prompt, self.expert_layers, first=first)
+            experts = experts_of(sample, request.prompt, self.expert_layers, first=first)
         logprobs = tuple(flat.logprobs[i] for i in flat.start_indices)
-        completion = Completion(ids, logprobs, reason, self.version, experts=told)
+        completion = Completion(ids, logprobs, reason, self.version, experts=experts)
         check_completion(completion, self.vocab_size, params.banned_token_ids)
         if request.begun is not None:
             completion = request.begun.continued(completion)
