@@ -34,9 +34,9 @@ class Checkpoints:
     """A run's checkpoints, written beside its training, one at a time.
 
     `begin` waits until the policy's state and weights are copied to host memory. Its workers then write; when they are
-    done, a thread checks and renames (`seal`). `notice` looks how far that is, without waiting, and at the end prunes
-    and tells the journal. What fails is an alarm: older checkpoints stay, training goes on, and `owed` asks for another
-    try after the next step. Only `finish` raises.
+    done, a thread verifies and renames the folder (`seal`). `poll` checks for that without waiting, and once it is done
+    prunes old checkpoints and writes to the journal. A failure raises an alarm only: older checkpoints stay, training
+    goes on, and `retry_due` asks for another try after the next step. Only `finish` raises.
 
     Args:
         keep: newest checkpoints that are not pruned.
@@ -59,7 +59,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal")
 
     @property
-    def owed(self) -> bool:
+    def retry_due(self) -> bool:
         """The newest checkpoint could not be written."""
         return self.failure is not None
 
@@ -70,7 +70,7 @@ class Checkpoints:
             controller: its state, as JSON can hold it.
             metrics: of this step's validation.
         """
-        self.notice(wait=True)
+        self.poll(wait=True)
         if self._newest == step:
             return
         started = time.perf_counter()
@@ -86,8 +86,8 @@ class Checkpoints:
         # As text: the controller goes on changing what its state refers to.
         self._writing = _Writing(step, json.dumps(controller), dict(metrics), started, waited)
 
-    def notice(self, *, wait: bool = False) -> None:
-        """See what became of the checkpoint being written; `wait` for its end."""
+    def poll(self, *, wait: bool = False) -> None:
+        """Complete the checkpoint being written if its files are there; `wait`: block until they are."""
         writing = self._writing
         if writing is None:
             return
@@ -122,7 +122,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the run's newest checkpoint could not be written.
         """
-        self.notice(wait=True)
+        self.poll(wait=True)
         if self.failure is not None:
             raise self.failure
 
@@ -225,13 +225,13 @@ def damage(path: Path) -> str | None:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"no readable {MANIFEST}: {error}"
-    for name, told in files.items():
+    for name, entry in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != told["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {told['bytes']}"
-        if sha256_of(file) != told["sha256"]:
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        if sha256_of(file) != entry["sha256"]:
             return f"{name} has other content than was written"
     return None
 

@@ -102,12 +102,12 @@ class Controller:
                 self.validate()
             while self.at.step < train.steps and not self.sampling.exhausted(self.at.policy_version):
                 self.stop_if_asked()
-                self.checkpoints.notice()
+                self.checkpoints.poll()
                 self.step()
                 last = self.at.step == train.steps or self.sampling.exhausted(self.at.policy_version)
                 if last or _due(self.at.step, train.test_freq):
                     self.validate()
-                if last or _due(self.at.step, train.save_freq) or self.checkpoints.owed:
+                if last or _due(self.at.step, train.save_freq) or self.checkpoints.retry_due:
                     self.checkpoint()
             self.checkpoints.finish()
         except RunStopped as stop:
@@ -118,7 +118,7 @@ class Controller:
             self.journal.append("ended", self.at.step, status="stopped", reason=str(stop))
             return "stopped"
         except Exception:
-            self.checkpoints.notice(wait=True)  # what is being written may still become whole
+            self.checkpoints.poll(wait=True)  # what is being written may still become whole
             raise
         self.tell_mirror(last=True)
         self.journal.append("ended", self.at.step, status="finished", reason=f"step {self.at.step} of {train.steps}")

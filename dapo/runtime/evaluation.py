@@ -53,8 +53,8 @@ def evaluate(folder: EvaluationFolder, progress: Progress, owner: str = "") -> d
     if folder.done:
         return folder.read_metrics()
     if folder.error.exists():
-        told = json.loads(folder.error.read_text())
-        raise errors.named(told["error"], told["message"], EngineError)
+        failure = json.loads(folder.error.read_text())
+        raise errors.named(failure["error"], failure["message"], EngineError)
     raise EngineError(f"evaluation {folder.id} ended without a result; see {folder.log}")
 
 
@@ -125,12 +125,12 @@ def _run_as_ray_job(
 
 def _waiting(progress: Progress) -> Callable[[ClusterHolder], None]:
     """Says for whom, at once and then more and more rarely."""
-    told, pause_s = float("-inf"), 0.0
+    reported_at, pause_s = float("-inf"), 0.0
 
     def waiting(ahead: ClusterHolder) -> None:
-        nonlocal told, pause_s
-        if time.monotonic() - told > pause_s:
-            told, pause_s = time.monotonic(), min(2 * pause_s + 60.0, 900.0)
+        nonlocal reported_at, pause_s
+        if time.monotonic() - reported_at > pause_s:
+            reported_at, pause_s = time.monotonic(), min(2 * pause_s + 60.0, 900.0)
             log.info("one at a time on a cluster: waiting for %s", ahead)
             progress(0, 0, f"waits for {ahead}")
 
@@ -157,7 +157,7 @@ def _watch(folder: EvaluationFolder, config: RunConfig, progress: Progress, ende
 
 def _how_far(folder: EvaluationFolder) -> tuple[int, int]:
     try:
-        told = json.loads(folder.progress.read_text())
+        saved = json.loads(folder.progress.read_text())
     except (OSError, ValueError):
         return 0, 0
-    return told["done"], told["total"]
+    return saved["done"], saved["total"]

@@ -44,8 +44,8 @@ class LiveJob:
 def remembered(place: Path) -> LocalHead | None:
     """The head of the state folder `place`, whether or not it lives."""
     try:
-        told = json.loads((place / "head.json").read_text())
-        return LocalHead(told["address"], told["mark"], told["temp_dir"], tuple(told["users"]))
+        saved = json.loads((place / "head.json").read_text())
+        return LocalHead(saved["address"], saved["mark"], saved["temp_dir"], tuple(saved["users"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -83,7 +83,7 @@ def jobs(place: Path, head: LocalHead) -> list[LiveJob]:
     if dashboard is not None:
         with contextlib.suppress(DashboardAway):
             metadata = [job["metadata"] for job in live_jobs(dashboard)]
-            return [LiveJob(told["kind"], RunFolder(Path(told["folder"]))) for told in metadata]
+            return [LiveJob(entry["kind"], RunFolder(Path(entry["folder"]))) for entry in metadata]
     found = []
     for process in processes.family(head.mark):
         command = processes.command(process.pid)

@@ -126,8 +126,8 @@ def _stop(folder: RunFolder, *_: object) -> None:
 
 def cost_model(weights: Path) -> CostModel | None:
     """What balances packs: FLOPs of the model in `weights`; None (tokens) for a family whose layers are not known."""
-    told = json.loads((weights / "config.json").read_text())
-    flops = ModelFlops.of(told["model_type"], told.get("text_config", told), told.get("vision_config"))
+    model = json.loads((weights / "config.json").read_text())
+    flops = ModelFlops.of(model["model_type"], model.get("text_config", model), model.get("vision_config"))
     return CostModel.of(flops) if flops else None
 
 

@@ -153,11 +153,11 @@ class Workers:
     def hang(self, names: Iterable[str], deadline: Deadline, what: str, *, engines: bool) -> DapoError:
         """The error for workers that did not answer in time, to be raised. See `get`."""
         remedy = f"; raise {deadline.key} if it only takes long" if deadline.key else ""
-        told = f"{what} did not end within {deadline.seconds:.0f} s on {', '.join(sorted(names))}: it hangs{remedy}"
+        message = f"{what} did not end within {deadline.seconds:.0f} s on {', '.join(sorted(names))}: it hangs{remedy}"
         if engines and self.generators:
-            return EngineError(told)
-        self._hung = told
-        return TrainingError(told)
+            return EngineError(message)
+        self._hung = message
+        return TrainingError(message)
 
     def close(self) -> None:
         for actor in [*self.trainers, *self.generators]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.errors import CheckpointError
 from dapo.train import optim
-from dapo.train.parallel import Layout
+from dapo.train.parallel import RankMesh
 
 _FAILURES = (Exception, CheckpointException)  # the latter is a BaseException
 
@@ -27,8 +27,8 @@ class Saver:
     Collective: every rank makes the same calls in the same order.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, ranks: RankMesh) -> None:
+        self._ranks = ranks
         self._group: Any = None
 
     def copy(
@@ -36,10 +36,10 @@ class Saver:
     ) -> dict[str, Any]:
         """Weights, moments, update count and this rank's RNG, in host memory."""
         optim.make_state(optimizer, moments_home)  # a run whose updates were all skipped has none yet
-        if self._layout.mesh is not None and self._group is None:
+        if self._ranks.mesh is not None and self._group is None:
             # Its collectives run beside the training's, so they need a group of their own.
             self._group = dist.new_group(backend="gloo")
-        state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._layout)
+        state = _state(model, optimizer) | {"updates": torch.tensor(updates)} | _rng_state(self._ranks)
         # Not by DTensor.from_local: that would move the copy to the mesh's device again.
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
@@ -51,13 +51,13 @@ class Saver:
         """
         try:
             with _quiet():
-                dcp.save(state, checkpoint_id=str(folder), process_group=self._group, no_dist=self._layout.mesh is None)
+                dcp.save(state, checkpoint_id=str(folder), process_group=self._group, no_dist=self._ranks.mesh is None)
         except _FAILURES as error:
             raise CheckpointError(f"the state could not be written to {folder}: {_first_cause(error)}") from error
 
 
 def load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, moments_home: torch.device, layout: Layout
+    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, moments_home: torch.device, ranks: RankMesh
 ) -> int:
     """Read it all into place; returns the update count.
 
@@ -75,7 +75,7 @@ def load(
     optim.make_state(optimizer, moments_home)
     updates = torch.tensor(0)
     state = _state(model, optimizer) | {"updates": updates}
-    state |= {name: tensor for name, tensor in _rng_state(layout).items() if name in found}
+    state |= {name: tensor for name, tensor in _rng_state(ranks).items() if name in found}
     for name, tensor in state.items():
         size = tuple(getattr(found.get(name), "size", ()))
         if name not in found or size != tuple(tensor.shape):
@@ -85,10 +85,10 @@ def load(
             )
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=str(folder), no_dist=layout.mesh is None)
+            dcp.load(state, checkpoint_id=str(folder), no_dist=ranks.mesh is None)
     except _FAILURES as error:
         raise CheckpointError(f"{folder} is damaged: {_first_cause(error)}") from error
-    _restore_rng(state, layout)
+    _restore_rng(state, ranks)
     return int(updates)
 
 
@@ -114,18 +114,18 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     return state
 
 
-def _rng_state(layout: Layout) -> dict[str, Tensor]:
-    state = {f"rng/cpu/{layout.rank}": torch.get_rng_state()}
-    if layout.device.type != "cpu":
-        state[f"rng/device/{layout.rank}"] = getattr(torch, layout.device.type).get_rng_state(layout.device)
+def _rng_state(ranks: RankMesh) -> dict[str, Tensor]:
+    state = {f"rng/cpu/{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type != "cpu":
+        state[f"rng/device/{ranks.rank}"] = getattr(torch, ranks.device.type).get_rng_state(ranks.device)
     return state
 
 
-def _restore_rng(state: dict[str, Any], layout: Layout) -> None:
-    if (cpu := state.get(f"rng/cpu/{layout.rank}")) is not None:
+def _restore_rng(state: dict[str, Any], ranks: RankMesh) -> None:
+    if (cpu := state.get(f"rng/cpu/{ranks.rank}")) is not None:
         torch.set_rng_state(cpu)
-    if (own := state.get(f"rng/device/{layout.rank}")) is not None:
-        getattr(torch, layout.device.type).set_rng_state(own, layout.device)
+    if (own := state.get(f"rng/device/{ranks.rank}")) is not None:
+        getattr(torch, ranks.device.type).set_rng_state(own, ranks.device)
 
 
 def _first_cause(error: BaseException) -> str:

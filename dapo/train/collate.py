@@ -188,9 +188,9 @@ class Collator:
         for segment, prompt in zip(pack.segments, prompts, strict=True):
             sequences = batch.groups[segment.group].sequences
             inputs = len(sequences[0].response_ids) - 1
-            told = replay.read(sequences[0].experts, inputs)
-            told = told[max(0, len(told) - inputs - len(prompt.token_ids)) : len(told) - inputs]
-            shared += [replay.read(b"", len(prompt.token_ids) - len(told)), told]
+            recorded = replay.read(sequences[0].experts, inputs)
+            recorded = recorded[max(0, len(recorded) - inputs - len(prompt.token_ids)) : len(recorded) - inputs]
+            shared += [replay.read(b"", len(prompt.token_ids) - len(recorded)), recorded]
             for index in segment.sequences:
                 inputs = len(sequences[index].response_ids) - 1
                 rows = replay.read(sequences[index].experts, inputs)

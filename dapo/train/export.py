@@ -16,7 +16,7 @@ from dapo.errors import CheckpointError
 from dapo.model.load import EXPERT_SUFFIXES, expert_names
 from dapo.model.network import Network
 from dapo.train import export_check, weights
-from dapo.train.parallel import Layout
+from dapo.train.parallel import RankMesh
 
 FILE_BYTES = 4 * 2**30
 
@@ -35,7 +35,7 @@ class Snapshot:
     text_only: bool
 
 
-def take(network: Network, dtype: torch.dtype, layout: Layout) -> Snapshot | None:
+def take(network: Network, dtype: torch.dtype, ranks: RankMesh) -> Snapshot | None:
     """Gather everything on rank 0 (None on the others); collective, takes as long as a weight sync.
 
     Gathering needs the training's process group, so it cannot be left to the background. Rank 0's host holds one copy
@@ -44,10 +44,10 @@ def take(network: Network, dtype: torch.dtype, layout: Layout) -> Snapshot | Non
     model = network.model
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.whole_tensors(model, dtype):
-        if layout.rank == 0:
+        if ranks.rank == 0:
             tensors[name] = tensor.detach().to("cpu", copy=True)
-    checksums = weights.shard_checksums(model, dtype, layout)
-    if layout.rank:
+    checksums = weights.shard_checksums(model, dtype, ranks)
+    if ranks.rank:
         return None
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases = {

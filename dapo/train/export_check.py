@@ -53,11 +53,11 @@ class _DifferenceError(Exception):
 
 def _compare_gathered(snapshot: Snapshot) -> None:
     for name, tensor in snapshot.tensors.items():
-        told = snapshot.checksums[name]
-        rows = -(-len(tensor) // len(told))
-        found = tuple(checksum(tensor[rank * rows : (rank + 1) * rows]) for rank in range(len(told)))
-        if found != told:
-            wrong = [rank for rank, (a, b) in enumerate(zip(found, told, strict=True)) if a != b]
+        checksums = snapshot.checksums[name]
+        rows = -(-len(tensor) // len(checksums))
+        found = tuple(checksum(tensor[rank * rows : (rank + 1) * rows]) for rank in range(len(checksums)))
+        if found != checksums:
+            wrong = [rank for rank, (a, b) in enumerate(zip(found, checksums, strict=True)) if a != b]
             raise _DifferenceError(f"{name} was not gathered as the shards of ranks {wrong} hold it")
 
 

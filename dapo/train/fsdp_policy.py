@@ -66,7 +66,7 @@ class FsdpPolicy:
         wanted = _DTYPES[config.model.compute_dtype]
         self.compute_dtype = master_dtype if wanted == torch.float32 else wanted
         mixed = self.compute_dtype != master_dtype
-        self.layout = parallel.join(config.model.parallel, kind, self.device, rank, world, mixed)
+        self.ranks = parallel.join(config.model.parallel, kind, self.device, rank, world, mixed)
         host, spread = torch.device("cpu"), config.model.parallel
         self._weights_home = host if spread.offload_parameters else self.device
         self._moments_home = host if spread.offload_optimizer else self._weights_home
@@ -76,10 +76,10 @@ class FsdpPolicy:
         self.routers = RouterLoad(self.network.model)
         self.updates = 0
         """Optimiser updates made so far in the run."""
-        self.collate = Collator(processor, self.network, self.device, master_dtype, self.layout.sequence)
-        self.collate.always_see = self.layout.mesh is not None
+        self.collate = Collator(processor, self.network, self.device, master_dtype, self.ranks.sequence)
+        self.collate.always_see = self.ranks.mesh is not None
         self.writer = PolicyWriter(
-            self.network, self.optimizer, self._moments_home, self.layout, self.compute_dtype, folder
+            self.network, self.optimizer, self._moments_home, self.ranks, self.compute_dtype, folder
         )
         self._reference: Network | None = None
         self._plan: PackPlan | None = None
@@ -92,7 +92,7 @@ class FsdpPolicy:
         banned[list(self.processor.banned_token_ids)] = True
 
         def shard(model: PreTrainedModel) -> None:
-            check_heads(model.config.get_text_config().num_attention_heads, self.layout.sequence_parallel)
+            check_heads(model.config.get_text_config().num_attention_heads, self.ranks.sequence_parallel)
             replay = trained and self.config.rollout.router_replay
             network = Network(model, self.config.rollout.temperature, banned, router_replay=replay)
             if network.replay is not None and not network.replay.layers:
@@ -110,7 +110,7 @@ class FsdpPolicy:
                     text.gradient_checkpointing_disable()  # the vision tower keeps it: most memory for least computing
             parallel.shard_network(
                 network,
-                self.layout,
+                self.ranks,
                 self.compute_dtype,
                 reshard_after_forward=self.config.model.parallel.reshard_after_forward,
                 offload=trained and self.config.model.parallel.offload_parameters,
@@ -134,14 +134,14 @@ class FsdpPolicy:
         self._plan, self._old, self._ref = plan, {}, {}
         passes = self._passes(plan)
         if not self.config.algorithm.kl.reward_coef:
-            packs = plan.updates[0][self.layout.data_rank]
+            packs = plan.updates[0][self.ranks.data_rank]
             witness = min(range(len(packs)), key=lambda i: packs[i].tokens if packs[i].segments else math.inf)
             passes = [(u, i) for u, i in passes if u > 0 or i == witness]
         return self._logprobs(batch, plan, self.network, self._old, passes)
 
     def _passes(self, plan: PackPlan) -> list[tuple[int, int]]:
         """(update, pack) of all packs of this rank; as many on every rank."""
-        return [(u, i) for u, ranks in enumerate(plan.updates) for i in range(len(ranks[self.layout.data_rank]))]
+        return [(u, i) for u, ranks in enumerate(plan.updates) for i in range(len(ranks[self.ranks.data_rank]))]
 
     def reference_logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         """Of the frozen model the run started from; loaded at the first call."""
@@ -167,7 +167,7 @@ class FsdpPolicy:
     ) -> LogProbs:
         values: list[list[tuple[float, ...]]] = [[()] * len(g.sequences) for g in batch.groups]
         for u, i in passes:
-            inputs, targets = self.collate(batch, plan.updates[u][self.layout.data_rank][i])
+            inputs, targets = self.collate(batch, plan.updates[u][self.ranks.data_rank][i])
             kept[u, i], _ = network(inputs)
             _spread(kept[u, i], targets, values)
         parallel.reshard(network)
@@ -180,17 +180,17 @@ class FsdpPolicy:
         """
         if index > 0:
             assert plan == self._plan, "update > 0 needs old_logprobs of the same plan first"
-        packs = plan.updates[index][self.layout.data_rank]
+        packs = plan.updates[index][self.ranks.data_rank]
         totals = _totals(batch, index, self.config.batch.max_response_tokens)
         sums = []
         for i, pack in enumerate(packs):
-            parallel.announce_backward(self.network, self.layout, last=i == len(packs) - 1)
+            parallel.announce_backward(self.network, self.ranks, last=i == len(packs) - 1)
             inputs, targets = self.collate(batch, pack)
             result = self._objective(inputs, targets, totals, (index, i))
             result.loss.backward()
             sums.append(result.sums)
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        metrics, norm = self._over_ranks(merge_sums(sums), optim.gradient_square(parameters, self.layout))
+        metrics, norm = self._over_ranks(merge_sums(sums), optim.gradient_square(parameters, self.ranks))
         if index == 0 and math.isfinite(norm):
             limit = 0.0 if self.device.type == "cpu" else _ACCELERATOR_RATIO_ERROR
             assert metrics["max_ratio_error"] <= limit, (
@@ -219,13 +219,13 @@ class FsdpPolicy:
         routed = self.routers.take()
         parts = {**sums, "square": square} | ({} if routed is None else {"routed": routed})
         own = torch.cat([part.detach().flatten().cpu().double() for part in parts.values()])
-        columns = self.layout.gather(own).split([part.numel() for part in parts.values()], dim=1)
+        columns = self.ranks.gather(own).split([part.numel() for part in parts.values()], dim=1)
         ranks = dict(zip(parts, columns, strict=True))
-        norm = float((ranks["square"].sum() / self.layout.shard_copies).sqrt())
+        norm = float((ranks["square"].sum() / self.ranks.shard_copies).sqrt())
         merged = {}
         for name, value in sums.items():
             # Ranks that share their packs computed the same sums.
-            rows = ranks[name][:: self.layout.sequence_parallel]
+            rows = ranks[name][:: self.ranks.sequence_parallel]
             merged[name] = (rows.amax(0) if name.startswith("max_") else rows.sum(0)).view_as(value)
         metrics = reduce_metrics(merged)
         return metrics if routed is None else metrics | router_metrics(ranks["routed"].sum(0).view_as(routed)), norm
@@ -259,7 +259,7 @@ class FsdpPolicy:
 
     def fingerprint(self) -> dict[str, float]:
         """Float64 sum of absolute values of each of `named_weights`; collective."""
-        return weights.fingerprint(self.network.model, self.compute_dtype, self.layout)
+        return weights.fingerprint(self.network.model, self.compute_dtype, self.ranks)
 
     def save(self, folder: Path) -> None:
         self.writer.save(folder, self.updates)

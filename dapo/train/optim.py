@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dapo.config.model import OptimizerConfig
-from dapo.train.parallel import Layout
+from dapo.train.parallel import RankMesh
 
 STREAM_BYTES = 2**30
 """Moments on the device at a time where the optimiser's state lives in host memory."""
@@ -89,16 +89,16 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 @torch.no_grad()
-def gradient_square(parameters: list[nn.Parameter], layout: Layout) -> Tensor:
+def gradient_square(parameters: list[nn.Parameter], ranks: RankMesh) -> Tensor:
     """Sum of squares of this rank's gradient shards, 0-d; parameters without a gradient get zeros.
 
-    The sum of it over all ranks, over `layout.shard_copies`, is the square of the global norm.
+    The sum of it over all ranks, over `ranks.shard_copies`, is the square of the global norm.
     """
     for p in parameters:
         if p.grad is None:  # a text-only update: sharded ranks have zeros here, so must a single process
             p.grad = torch.zeros_like(p)
     local = [g for p in parameters if p.grad is not None and (g := _local(p.grad)).numel()]
-    return torch.stack(torch._foreach_norm(local or [torch.zeros(1, device=layout.device)])).square().sum()
+    return torch.stack(torch._foreach_norm(local or [torch.zeros(1, device=ranks.device)])).square().sum()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Who holds which shard: process group, mesh, FSDP2 per block. Nothing of it is visible outside this room."""
+"""Who holds which shard: process group, mesh, FSDP2 per block. Nothing outside this package sees it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """This process among all training processes."""
+class RankMesh:
+    """This rank's place among all training processes, and their device mesh."""
 
     rank: int
     world: int
@@ -76,7 +76,7 @@ class Layout:
         return self.mesh.size(0) if self.replicated else 1
 
 
-def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, world: int, mixed: bool) -> Layout:
+def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, world: int, mixed: bool) -> RankMesh:
     """Join the process group (address and port from the environment) and build the mesh.
 
     Args:
@@ -89,7 +89,7 @@ def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, wo
     if world != config.world_size:
         raise ConfigError(f"model.parallel.world_size={config.world_size}, but {world} training processes were started")
     if world == 1 and not mixed and not config.offload_parameters:
-        return Layout(rank, world, device, None)
+        return RankMesh(rank, world, device, None)
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
         dist.init_process_group(BACKENDS[kind], rank=rank, world_size=world, store=store, timeout=COLLECTIVE_TIMEOUT)
@@ -109,7 +109,7 @@ def join(config: ParallelConfig, kind: Kind, device: torch.device, rank: int, wo
                 fsdp,
             )
         mesh = init_device_mesh(kind, (world // fsdp, fsdp), mesh_dim_names=("replicate", "shard"))
-    return Layout(rank, world, device, mesh, _sequence_group(config.sequence_parallel, kind, rank, world))
+    return RankMesh(rank, world, device, mesh, _sequence_group(config.sequence_parallel, kind, rank, world))
 
 
 def _sequence_group(size: int, kind: Kind, rank: int, world: int) -> SequenceGroup | None:
@@ -121,7 +121,7 @@ def _sequence_group(size: int, kind: Kind, rank: int, world: int) -> SequenceGro
 
 
 def shard_network(
-    network: Network, layout: Layout, compute_dtype: torch.dtype, *, reshard_after_forward: bool, offload: bool
+    network: Network, ranks: RankMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool, offload: bool
 ) -> None:
     """FSDP2 for each block, for the vision tower and for what is left (embeddings, norm, head); sums gradients.
 
@@ -130,15 +130,15 @@ def shard_network(
     Args:
         offload: the shards live in host memory, and so do their gradients.
     """
-    if layout.mesh is None:
+    if ranks.mesh is None:
         return
     first = next(network.parameters())
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == first.dtype else compute_dtype, reduce_dtype=first.dtype
     )
-    options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": policy}
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu")
     text: Any = network.text
     visual: Any = network.visual
     towers = [] if visual is None else [*visual.blocks, visual]
@@ -150,24 +150,24 @@ def shard_network(
     for module in sharded_modules(network):
         # Losses are normalised by global counts already, so gradients are added up, not averaged.
         module.set_gradient_divide_factor(1.0)
-        if layout.device.type != "cuda":
+        if ranks.device.type != "cuda":
             module.set_force_sum_reduction_for_comms(True)  # gloo and HCCL have no premultiplied sum
 
 
-def announce_backward(network: Network, layout: Layout, *, last: bool) -> None:
+def announce_backward(network: Network, ranks: RankMesh, *, last: bool) -> None:
     """Before each pack's backward pass: whether it is the update's last.
 
     A model sharded in one piece keeps its weights and gradients whole until then: one gather and one reduction per
     update. A larger one reduces after every pass, because whole gradients would not fit.
     """
-    if layout.mesh is None:
+    if ranks.mesh is None:
         return
     root: Any = network
     root.set_is_last_backward(last)
     if len(sharded_modules(network)) == 1:
         root.set_requires_gradient_sync(last)
         root.set_reshard_after_backward(last)
-    elif layout.replicated:
+    elif ranks.replicated:
         root.set_requires_all_reduce(last)
 
 

@@ -10,7 +10,7 @@ import torch
 from dapo.model.network import Network
 from dapo.train import checkpoint, export
 from dapo.train.background import Background
-from dapo.train.parallel import Layout
+from dapo.train.parallel import RankMesh
 
 
 class PolicyWriter:
@@ -28,13 +28,13 @@ class PolicyWriter:
         network: Network,
         optimizer: torch.optim.AdamW,
         moments_home: torch.device,
-        layout: Layout,
+        ranks: RankMesh,
         compute_dtype: torch.dtype,
         source: Path,
     ) -> None:
-        self.network, self.optimizer, self.layout = network, optimizer, layout
+        self.network, self.optimizer, self.ranks = network, optimizer, ranks
         self.moments_home, self.compute_dtype, self.source = moments_home, compute_dtype, source
-        self._saver = checkpoint.Saver(layout)
+        self._saver = checkpoint.Saver(ranks)
         self._writing = Background()
 
     def save(self, folder: Path, updates: int) -> None:
@@ -44,7 +44,7 @@ class PolicyWriter:
 
     def export(self, folder: Path) -> None:
         """Begin to write a Hugging Face folder and to compare it; returns when rank 0 has its weights in memory."""
-        snapshot = export.take(self.network, self.compute_dtype, self.layout)
+        snapshot = export.take(self.network, self.compute_dtype, self.ranks)
         if snapshot is not None:
             self._writing.start(partial(export.write, folder, self.source, snapshot), "export")
 
@@ -66,4 +66,4 @@ class PolicyWriter:
             CheckpointError: not a whole checkpoint of this model, or one that is being written could not be.
         """
         self._writing.finish()
-        return checkpoint.load(folder, self.network.model, self.optimizer, self.moments_home, self.layout)
+        return checkpoint.load(folder, self.network.model, self.optimizer, self.moments_home, self.ranks)

@@ -85,6 +85,6 @@ class WeightSync:
     def _changed(self, now: dict[str, int]) -> frozenset[str]:
         """Names to send: a rank sees its own shards, and all must come to the same answer."""
         own = torch.tensor([float(self._held.get(name) != value) for name, value in now.items()])
-        anywhere = self.policy.layout.sum(own) > 0
+        anywhere = self.policy.ranks.sum(own) > 0
         groups = {fused_group(name) for name, yes in zip(now, anywhere.tolist(), strict=True) if yes}
         return frozenset(name for name in now if fused_group(name) in groups)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dapo.model.tensors import SMALLEST_BUCKET, absolute_sum, checksum, fused_group, in_buckets
-from dapo.train.parallel import Layout
+from dapo.train.parallel import RankMesh
 
 
 def bucket_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -62,10 +62,10 @@ def _gather(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[t
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, dtype: torch.dtype, layout: Layout) -> dict[str, float]:
+def fingerprint(model: nn.Module, dtype: torch.dtype, ranks: RankMesh) -> dict[str, float]:
     """Float64 sum of absolute values per tensor, from the shards: nothing is gathered."""
     sums = {name: absolute_sum(local.to(dtype)) for name, local in _locals(model)}
-    totals = layout.sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / layout.shard_copies
+    totals = ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / ranks.shard_copies
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
@@ -74,11 +74,11 @@ def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     return {name: checksum(local.to(dtype)) for name, local in _locals(model)}
 
 
-def shard_checksums(model: nn.Module, dtype: torch.dtype, layout: Layout) -> dict[str, tuple[int, ...]]:
+def shard_checksums(model: nn.Module, dtype: torch.dtype, ranks: RankMesh) -> dict[str, tuple[int, ...]]:
     """`checksums` of all ranks that hold one copy between them, in the order of their rows; collective."""
     own = checksums(model, dtype)
-    ranks = layout.gather(torch.tensor(list(own.values()), dtype=torch.float64))  # holds 32 bits exactly
-    shards = ranks[: layout.world // layout.shard_copies].long()
+    gathered = ranks.gather(torch.tensor(list(own.values()), dtype=torch.float64))  # holds 32 bits exactly
+    shards = gathered[: ranks.world // ranks.shard_copies].long()
     return {name: tuple(column) for name, column in zip(own, shards.T.tolist(), strict=True)}
 
 

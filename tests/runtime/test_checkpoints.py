@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path):
     saves.begin(5, controller, {"val/accuracy": 0.5})
     policy.value = 2
     controller["buffer"].clear()
-    saves.notice()
+    saves.poll()
     assert checkpoints.newest(folder, pytest.fail) is None
     assert told(folder) == []
     policy.disk.set()
@@ -158,8 +158,8 @@ def test_a_failed_one_is_an_alarm_that_loses_nothing_and_is_owed(tmp_path):
     saves.finish()
     policy.error = CheckpointError("No space left on device")
     saves.begin(2, {}, {})
-    saves.notice(wait=True)
-    assert saves.owed
+    saves.poll(wait=True)
+    assert saves.retry_due
     (alarm,) = (e for e in read(folder.journal) if e.kind == "alarm")
     assert alarm.data["name"] == "checkpoint_failed"
     assert "checkpoint of step 2 could not be written" in alarm.data["message"]
@@ -169,7 +169,7 @@ def test_a_failed_one_is_an_alarm_that_loses_nothing_and_is_owed(tmp_path):
         saves.finish()
     saves.begin(3, {}, {})
     saves.finish()
-    assert not saves.owed
+    assert not saves.retry_due
     assert checkpoints.newest(folder, pytest.fail) == folder.checkpoint(3)
 
 
@@ -214,7 +214,7 @@ def test_what_fails_after_a_good_checkpoint_is_an_alarm(tmp_path, monkeypatch):
     for step in (1, 2):
         saves.begin(step, {}, {})
         saves.finish()
-    assert not saves.owed
+    assert not saves.retry_due
     assert told(folder) == [1, 2]
     alarms = [e.data for e in read(folder.journal) if e.kind == "alarm"]
     assert [a["name"] for a in alarms] == ["checkpoint_after", "checkpoint_prune", "checkpoint_after"]

@@ -39,7 +39,7 @@ def train_and_die(weights, folder, operation):
     saves.begin(2, {}, {})
     while True:  # training goes on until the kill, or until the checkpoint is whole
         step(policy, make_batch(seed=2))
-        saves.notice()
+        saves.poll()
         if folder.checkpoint(2).exists():
             os._exit(0)
 

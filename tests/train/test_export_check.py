@@ -19,7 +19,7 @@ GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
 
 def snapshot_of(tmp_path, kind, **sizes):
     policy = make_policy(make_folder(tmp_path / "hf", kind, **sizes), kind)
-    return export.take(policy.network, policy.compute_dtype, policy.layout)
+    return export.take(policy.network, policy.compute_dtype, policy.ranks)
 
 
 def write(tmp_path, snapshot):
