@@ -79,10 +79,10 @@ def measure(case: str, root: Path, mark: str) -> dict[str, Any]:
     clock = CpuClock(mark)
     began = time.time()
     command = [sys.executable, "-m", "prefect", "deployment", "run", "dapo/geo3k-tiny"]
-    told = subprocess.run(
+    output = subprocess.run(
         [*command, "-p", f"overrides={json.dumps(overrides)}"], capture_output=True, text=True, check=True
     ).stdout
-    flow_run_id = re.search(r"UUID: (\S+)", told)[1]  # type: ignore[index]
+    flow_run_id = re.search(r"UUID: (\S+)", output)[1]  # type: ignore[index]
     first = _wait(lambda: next((e for e in read(run.journal) if e.kind == "step"), None), flow_run_id)
     marks = _marks(flow_run_id, run, began, first.time)
     used = [clock.at(moment) for _, moment in marks]

@@ -18,7 +18,7 @@ from rich.status import Status
 from dapo.config.run import RunConfig
 from dapo.observe.journal import Event, follow, read
 from dapo.observe.run_folder import RunFolder
-from tasks.progress import Stage
+from tasks.progress import StageProgress
 
 _PLAIN_EVERY_S = 10.0
 _TITLES = {
@@ -60,15 +60,15 @@ class LiveView:
         if self._status:
             self._status.stop()
 
-    def stage(self, told: Stage) -> None:
+    def stage(self, stage: StageProgress) -> None:
         """One word of a task."""
-        title = _TITLES.get(told.name, told.name)
-        if told.state == "running":
-            words = f"{title}: {f'{told.done}/{told.total} ' if told.total else ''}{told.words}".rstrip(": ")
-            self._moving(told.name, words)
+        title = _TITLES.get(stage.name, stage.name)
+        if stage.state == "running":
+            words = f"{title}: {f'{stage.done}/{stage.total} ' if stage.total else ''}{stage.words}".rstrip(": ")
+            self._moving(stage.name, words)
             return
-        self._latest.pop(told.name, None)
-        self._line(f"{title}: {told.state}{f' ({told.words})' if told.words else ''}")
+        self._latest.pop(stage.name, None)
+        self._line(f"{title}: {stage.state}{f' ({stage.words})' if stage.words else ''}")
 
     def _loop(self) -> None:
         while True:

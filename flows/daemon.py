@@ -49,8 +49,8 @@ class Service:
     def record(self) -> Record | None:
         """Of the process that was started last, whether it lives or not."""
         try:
-            told = json.loads(self._record.read_text())
-            return Record(**(told | {"command": tuple(told["command"])}))
+            saved = json.loads(self._record.read_text())
+            return Record(**(saved | {"command": tuple(saved["command"])}))
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -95,7 +95,7 @@ class Service:
         """Return once it answers.
 
         Raises:
-            EnvironmentCheckError: it ended before, or does not answer in time (then it is ended); with its last words.
+            EnvironmentCheckError: it ended, or did not answer in time (then it is stopped); with its last log lines.
         """
         end_at = time.monotonic() + START_DEADLINE_S
         while not answers():
@@ -128,5 +128,5 @@ class Service:
         with self.log.open("rb") as file:
             file.seek(self._began_at)
             lines = file.read().decode(errors="replace").splitlines()
-        told = "\n".join(f"  {line}" for line in lines[-12:]) or "  (nothing)"
-        return EnvironmentCheckError(f"the {self.title} {what}; see {self.log}. Its last words:\n{told}")
+        last_lines = "\n".join(f"  {line}" for line in lines[-12:]) or "  (nothing)"
+        return EnvironmentCheckError(f"the {self.title} {what}; see {self.log}. Its last log lines:\n{last_lines}")

@@ -14,7 +14,7 @@ from dapo.runtime.turn import TRAINING
 from flows.server import answers
 from flows.up import Stack
 
-_TOLD_EVERY_S = 10.0
+_REPORT_EVERY_S = 10.0
 _WORKER_GRACE_S = 30.0
 
 
@@ -62,7 +62,7 @@ def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
             for run in cancel_waiting(pool):
                 stack.say(f"  flow run {run.name}: waited for another training; cancelled")
                 cancelled.add(run.id)
-    begun, told = time.monotonic(), float("-inf")
+    begun, reported_at = time.monotonic(), float("-inf")
     while True:
         trainings = _trainings(stack)
         for folder in trainings:
@@ -83,8 +83,8 @@ def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
                 f"{left} did not stop within {wait_s:.0f} s, and nothing was ended. It stops when its phase is done: "
                 f"`dapo down --stop-runs --wait {2 * wait_s:.0f}` waits on, `dapo down` leaves it running"
             )
-        if time.monotonic() - told > _TOLD_EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - reported_at > _REPORT_EVERY_S:
+            reported_at = time.monotonic()
             for folder in trainings:
                 stack.say(f"  {folder.id}: asked to save a checkpoint and stop; {_last_word(folder)}")
             if not trainings:

@@ -26,7 +26,7 @@ from tasks import inputs, progress
 log = logging.getLogger("dapo.flows")
 
 
-def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[progress.Stage], None]) -> str:
+def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[progress.StageProgress], None]) -> str:
     """Run the flow `dapo` to its end; nothing that was started here is left running.
 
     Args:
@@ -63,9 +63,9 @@ def _run(name: str, parameters: dict[str, Any], server: TemporaryServer | None) 
     """The final state of a flow of ours; Prefect reads its settings when it is imported, so that is done here."""
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
     if server is not None:
-        progress.tell(progress.Stage("prefect", "running", words=server.why))
+        progress.tell(progress.StageProgress("prefect", "running", words=server.why))
         server.wait()
-        progress.tell(progress.Stage("prefect", "done", words=server.api))
+        progress.tell(progress.StageProgress("prefect", "done", words=server.api))
     return flow(**parameters, return_state=True)
 
 

@@ -118,10 +118,10 @@ def _is_active(run: FlowRun) -> bool:
 
 def _gone(run: FlowRun) -> bool:
     """Whether this attempt's process lived on this machine and does not now."""
-    told = str(run.labels.get(LABEL, "")).split(":")
-    if len(told) != 5 or int(told[4]) != run.run_count:
+    parts = str(run.labels.get(LABEL, "")).split(":")
+    if len(parts) != 5 or int(parts[4]) != run.run_count:
         return _started_here(run) and not _found_here(run)
-    host, boot, pid, born, _ = told
+    host, boot, pid, born, _ = parts
     process = processes.look(int(pid))
     if host != socket.gethostname() or (boot == _boot() and process is not None and process.born == int(born)):
         return False

@@ -151,15 +151,15 @@ def _opponent(run: RunConfig, challenger: int) -> ModelVersion | None:
     It is remembered, for a flow run that is repeated after its promotion finds the challenger itself in that place.
     """
     place = retraining_file(run, str(flow_run.id))
-    told = json.loads(place.read_text())
+    saved = json.loads(place.read_text())
     registry = Registry(tracking_uri(run), run.mlflow.registered_model or "")
     now = registry.get(CHAMPION)
     version = now.version if now else None
-    if version not in (told["champion"], challenger):
-        get_run_logger().info("the champion is %s now, was %s: compared with that", version, told["champion"])
-        told["champion"] = version
-        write_whole(place, json.dumps(told, indent=1))
-    return registry.require(told["champion"]) if told["champion"] is not None else None
+    if version not in (saved["champion"], challenger):
+        get_run_logger().info("the champion is %s now, was %s: compared with that", version, saved["champion"])
+        saved["champion"] = version
+        write_whole(place, json.dumps(saved, indent=1))
+    return registry.require(saved["champion"]) if saved["champion"] is not None else None
 
 
 def _asked(name: str, challenger: int, champion: int | None, decision: dict[str, Any], hours: float) -> dict[str, Any]:
@@ -175,10 +175,10 @@ def _asked(name: str, challenger: int, champion: int | None, decision: dict[str,
         _go_on()
         reason = f"nobody approved within {hours:g} hours"
         return {"promote": False, "reasons": [reason], "approval": {"decision": "none", "note": reason}}
-    told = {"decision": answer.decision, "note": answer.note}
+    approval = {"decision": answer.decision, "note": answer.note}
     if answer.decision == "promote":
-        return {"approval": told}
-    return {"promote": False, "reasons": [f"not approved: {answer.note or 'no note'}"], "approval": told}
+        return {"approval": approval}
+    return {"promote": False, "reasons": [f"not approved: {answer.note or 'no note'}"], "approval": approval}
 
 
 def _answer(form: type[Approval], timeout_s: int, about: str) -> Approval:
@@ -213,8 +213,8 @@ def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     """The reason and the training's configuration, remembered per flow run."""
     place = retraining_file(run, str(flow_run.id))
     if place.is_file():
-        told = json.loads(place.read_text())
-        return _Begun(told["reason"], RunConfig.model_validate(told["training"]))
+        saved = json.loads(place.read_text())
+        return _Begun(saved["reason"], RunConfig.model_validate(saved["training"]))
     train, reason, version = find_reason(run, because)
     if not train:
         return _Begun(reason, None)
@@ -223,6 +223,6 @@ def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
     name = run.mlflow.registered_model or ""
     champion = Registry(tracking_uri(run), name).require(version) if version is not None else None
     training = training_config(run, champion, str(flow_run.id).replace("-", "")[:8])
-    told = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
-    write_whole(place, json.dumps(told, indent=1))
+    record = {"reason": reason, "champion": version, "training": training.model_dump(mode="json")}
+    write_whole(place, json.dumps(record, indent=1))
     return _Begun(reason, training)

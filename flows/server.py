@@ -34,9 +34,9 @@ def configured_api() -> str | None:
             return str(url)
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     with contextlib.suppress(OSError, tomllib.TOMLDecodeError):
-        told = tomllib.loads((home / "profiles.toml").read_text())
-        active = os.environ.get("PREFECT_PROFILE", told.get("active", ""))
-        if url := told.get("profiles", {}).get(active, {}).get("PREFECT_API_URL"):
+        profiles = tomllib.loads((home / "profiles.toml").read_text())
+        active = os.environ.get("PREFECT_PROFILE", profiles.get("active", ""))
+        if url := profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL"):
             return str(url)
     return None
 
@@ -97,7 +97,7 @@ class TemporaryServer:
             if self._process.poll() is not None or time.monotonic() > end_at:
                 raise EnvironmentCheckError(
                     f"the temporary Prefect server did not start within {START_DEADLINE_S:.0f} s; see {self.log}. "
-                    f"Its last words:\n{self._process.last_words()}"
+                    f"Its last log lines:\n{self._process.last_lines()}"
                 )
             time.sleep(0.1)
 

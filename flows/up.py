@@ -185,8 +185,8 @@ class Stack:
             text=True,
         )
         if done.returncode:
-            told = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise EnvironmentCheckError(f"`prefect deploy --all` in {self.project} failed:\n{told}")
+            last_lines = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise EnvironmentCheckError(f"`prefect deploy --all` in {self.project} failed:\n{last_lines}")
         self.say(f"deployed   {', '.join(self.deployments)}")
 
     def _start_worker(self, pool: str) -> None:

@@ -21,8 +21,8 @@ def compare(runs: list[str], tracking_uri: str, run_root: str) -> str:
     """
     from dapo.eval.comparison_page import compare_runs
 
-    told, path = compare_runs(runs, tracking_uri, run_root)
+    markdown, path = compare_runs(runs, tracking_uri, run_root)
     get_run_logger().info("comparison: %s", path)
-    best_effort(create_markdown_artifact, told, key=artifact_key("comparison"))
+    best_effort(create_markdown_artifact, markdown, key=artifact_key("comparison"))
     best_effort(create_link_artifact, path.as_uri(), link_text="comparison", key=artifact_key("comparison", "page"))
     return str(path)

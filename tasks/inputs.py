@@ -27,10 +27,10 @@ from dapo.runtime.telemetry import TELEMETRY_OFF
 
 Kind = Literal["data", "weights"]
 
-_TOLD_EVERY_S = 0.5
+_REPORT_EVERY_S = 0.5
 
 
-class Making:
+class InputProcess:
     """A child process that makes one thing."""
 
     def __init__(self, kind: Kind, settings: str, cache: Path) -> None:
@@ -57,8 +57,9 @@ class Making:
             return Path(self._answer["path"])
         if "error" in self._answer:
             raise errors.named(self._answer["error"], self._answer["message"])
-        told = self._child.last_words()
-        raise RuntimeError(f"making {self.kind} ended with code {code} and no result. Its last words:\n{told}")
+        raise RuntimeError(
+            f"making {self.kind} ended with code {code} and no result. Its last log lines:\n{self._child.last_lines()}"
+        )
 
     def abort(self) -> None:
         """End the child; what it had begun is removed by its next start."""
@@ -68,33 +69,33 @@ class Making:
         assert self._child.stdout is not None
         for line in self._child.stdout:
             try:
-                told = json.loads(line)
+                message = json.loads(line)
             except ValueError:
                 continue  # a library printed something
-            if "done" in told:
-                self._latest = (told["done"], told["total"], told["words"])
+            if "done" in message:
+                self._latest = (message["done"], message["total"], message["words"])
             else:
-                self._answer = told
+                self._answer = message
 
 
-_made: dict[tuple[Kind, str], Making] = {}
+_made: dict[tuple[Kind, str], InputProcess] = {}
 _lock = threading.Lock()
 
 
-def begin(kind: Kind, settings: DataConfig | ModelSource, cache: Path) -> Making:
+def begin(kind: Kind, settings: DataConfig | ModelSource, cache: Path) -> InputProcess:
     """Start making it, or return the child that does so already."""
     text = settings.model_dump_json()
     with _lock:
         if (kind, text) not in _made:
-            _made[kind, text] = Making(kind, text, cache)
+            _made[kind, text] = InputProcess(kind, text, cache)
         return _made[kind, text]
 
 
 def abort_all() -> None:
     """End all children and forget them."""
     with _lock:
-        for making in _made.values():
-            making.abort()
+        for process in _made.values():
+            process.abort()
         _made.clear()
 
 
@@ -123,13 +124,13 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)  # what libraries print goes to the errors
     last = 0.0
 
-    def say(**told: Any) -> None:
-        channel.write(json.dumps(told) + "\n")
+    def say(**message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
         channel.flush()
 
     def progress(done: int, total: int, words: str) -> None:
         nonlocal last
-        if time.monotonic() - last > _TOLD_EVERY_S or done == total:
+        if time.monotonic() - last > _REPORT_EVERY_S or done == total:
             last = time.monotonic()
             say(done=done, total=total, words=words)
 

@@ -46,7 +46,7 @@ _LOST_S = 30.0
 """A server that answers has written down what it was sent so long ago, or has lost it."""
 _END_S = 120.0
 _PAGE = 200
-_TOLD = "prefect.json"
+_STATE_FILE = "prefect.json"
 
 
 @dataclass
@@ -85,10 +85,10 @@ class JournalRelay:
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         self.folder, self.config = folder, config
-        self._place = folder.root / _TOLD
-        told = _told(folder)
-        self.offset: int = told.get("offset", 0)
-        self._alarms_told: int = told.get("alarms_told", self.offset)
+        self._place = folder.root / _STATE_FILE
+        saved = _saved(folder)
+        self.offset: int = saved.get("offset", 0)
+        self._alarms_reported: int = saved.get("alarms_told", self.offset)
         self._pending: list[_Pending] = []
         self._looked_at = 0.0
         before = known(folder)
@@ -103,13 +103,13 @@ class JournalRelay:
         run, step, data = str(self.folder.root), event.step, event.data
         match event.kind:
             case "validation":
-                told = {"metrics": data["metrics"], "table": data["table"], "best": data.get("best", False)}
-                self._record(begin, record_validation, run=run, step=step, offset=offset, **told)
+                values = {"metrics": data["metrics"], "table": data["table"], "best": data.get("best", False)}
+                self._record(begin, record_validation, run=run, step=step, offset=offset, **values)
             case "checkpoint":
-                told = {"path": data["path"], "metrics": data["metrics"], "best": data["best"]}
-                self._record(begin, log_checkpoint, run=run, step=step, offset=offset, **told)
-            case "alarm" if offset > self._alarms_told:
-                self._alarms_told = offset
+                values = {"path": data["path"], "metrics": data["metrics"], "best": data["best"]}
+                self._record(begin, log_checkpoint, run=run, step=step, offset=offset, **values)
+            case "alarm" if offset > self._alarms_reported:
+                self._alarms_reported = offset
                 get_run_logger().warning("step %d: %s: %s", step, data["name"], data["message"])
                 alarm_raised(self.folder, step, data["name"], data["message"])
             case "step":
@@ -185,17 +185,17 @@ class JournalRelay:
 
     def _remember(self) -> None:
         confirmed = min((one.begin for one in self._pending), default=self.offset)
-        told = {"offset": confirmed, "alarms_told": self._alarms_told, "flow_runs": self._flow_runs}
-        write_whole(self._place, json.dumps(told))
+        state = {"offset": confirmed, "alarms_told": self._alarms_reported, "flow_runs": self._flow_runs}
+        write_whole(self._place, json.dumps(state))
 
 
 def known(folder: RunFolder) -> list[str]:
     """Ids of the flow runs that followed this run, the first one first."""
-    return list(_told(folder).get("flow_runs", []))
+    return list(_saved(folder).get("flow_runs", []))
 
 
-def _told(folder: RunFolder) -> dict[str, Any]:
-    place = folder.root / _TOLD
+def _saved(folder: RunFolder) -> dict[str, Any]:
+    place = folder.root / _STATE_FILE
     return json.loads(place.read_text()) if place.exists() else {}
 
 

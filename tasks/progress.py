@@ -17,7 +17,7 @@ _ARTIFACT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageProgress:
     """One look at a stage of the flow."""
 
     name: str
@@ -28,11 +28,11 @@ class Stage:
     words: str = ""
 
 
-watchers: list[Callable[[Stage], None]] = []
+watchers: list[Callable[[StageProgress], None]] = []
 """Called from the threads of the tasks; must be quick."""
 
 
-def tell(stage: Stage) -> None:
+def tell(stage: StageProgress) -> None:
     """Pass a look on to everybody who watches in this process."""
     for watcher in watchers:
         watcher(stage)
@@ -69,12 +69,12 @@ class ProgressBar:
         self._updated = time.monotonic()
 
     def __call__(self, done: int, total: int, words: str = "") -> None:
-        tell(Stage(self.stage, "running", done, total, words))
+        tell(StageProgress(self.stage, "running", done, total, words))
         if total and time.monotonic() - self._updated > _ARTIFACT_EVERY_S:
             self._update(100.0 * done / total, words)
 
     def close(self, words: str = "") -> None:
-        tell(Stage(self.stage, "done", words=words))
+        tell(StageProgress(self.stage, "done", words=words))
         self._update(100.0, words)
 
     def _update(self, percent: float, words: str) -> None:

@@ -12,12 +12,12 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from dapo.runtime.turn import ClusterHolder
-from tasks.progress import Stage, best_effort, tell
+from tasks.progress import StageProgress, best_effort, tell
 from tasks.watch import CancelWatcher
 
 WAITING = "waiting"
 """Tag of a flow run that waits. Not a state of its own: each would count as another attempt of the run."""
-_TOLD_AGAIN_S, _AT_MOST_S = 60.0, 900.0
+_REPORT_AGAIN_S, _AT_MOST_S = 60.0, 900.0
 
 
 class CancelledWhileWaiting(Exception):
@@ -33,7 +33,7 @@ class Turn:
     def __init__(self) -> None:
         self._ids = [one for one in (flow_run.id, flow_run.parent_flow_run_id) if one]
         self._watch: CancelWatcher | None = None
-        self._job, self._told, self._pause = "", 0.0, _TOLD_AGAIN_S
+        self._job, self._reported_at, self._pause = "", 0.0, _REPORT_AGAIN_S
 
     def __call__(self, ahead: ClusterHolder) -> None:
         """Raises CancelledWhileWaiting where the flow run was cancelled."""
@@ -42,15 +42,15 @@ class Turn:
         if self._watch.cancelled.is_set():
             raise CancelledWhileWaiting(f"cancelled while it waited for {ahead}")
         if ahead.job != self._job:
-            self._job, self._pause = ahead.job, _TOLD_AGAIN_S
-        elif time.monotonic() - self._told < self._pause:
+            self._job, self._pause = ahead.job, _REPORT_AGAIN_S
+        elif time.monotonic() - self._reported_at < self._pause:
             return
         else:
             self._pause = min(2 * self._pause, _AT_MOST_S)
-        self._told = time.monotonic()
+        self._reported_at = time.monotonic()
         words = f"for {ahead}"
         get_run_logger().info("one at a time on a cluster: waiting %s", words)
-        tell(Stage("waiting", "running", words=words))
+        tell(StageProgress("waiting", "running", words=words))
         best_effort(create_markdown_artifact, f"Waits {words}", key=WAITING, description="One at a time on a cluster")
         best_effort(self._tag, True)
 
@@ -62,7 +62,7 @@ class Turn:
             return
         self._watch.__exit__()
         best_effort(self._tag, False)
-        tell(Stage("waiting", "done"))
+        tell(StageProgress("waiting", "done"))
         self._watch, self._job = None, ""
 
     def _tag(self, waits: bool) -> None:

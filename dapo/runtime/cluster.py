@@ -202,7 +202,7 @@ def _start(place: Path, config: RunConfig, users: tuple[int, ...]) -> Dashboard:
         _end(place, head)
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
         raise EnvironmentCheckError(
-            f"Ray did not start on this machine within {START_DEADLINE_S:.0f} s; see {log}. Its last words:\n{tail}"
+            f"Ray did not start on this machine within {START_DEADLINE_S:.0f} s; see {log}. Its last log lines:\n{tail}"
         )
     return dashboard
 

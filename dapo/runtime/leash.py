@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _GRACE_S = 5.0
-_LAST_WORDS = 2000
+_LAST_BYTES = 2000
 
 
 class LeashedProcess(subprocess.Popen[bytes]):
@@ -47,10 +47,10 @@ class LeashedProcess(subprocess.Popen[bytes]):
             os.killpg(self.pid, signal.SIGKILL)
             self.wait()
 
-    def last_words(self) -> str:
+    def last_lines(self) -> str:
         """The end of its log."""
-        begin = max(0, os.fstat(self._log.fileno()).st_size - _LAST_WORDS)
-        return os.pread(self._log.fileno(), _LAST_WORDS, begin).decode(errors="replace").strip()
+        begin = max(0, os.fstat(self._log.fileno()).st_size - _LAST_BYTES)
+        return os.pread(self._log.fileno(), _LAST_BYTES, begin).decode(errors="replace").strip()
 
 
 def end_with_parent() -> None:

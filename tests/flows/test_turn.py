@@ -195,7 +195,7 @@ def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_
 
     from tasks import turn
 
-    monkeypatch.setattr(turn, "_TOLD_AGAIN_S", 0.0)
+    monkeypatch.setattr(turn, "_REPORT_AGAIN_S", 0.0)
     ahead = ClusterHolder("dapo-long-1", RunFolder(tmp_path), time.time())
     tags = []
 

@@ -42,7 +42,7 @@ def gone(pid):
 def test_one_that_does_not_listen_is_killed_with_what_it_started(environment, tmp_path, monkeypatch):
     monkeypatch.setattr(leash, "_GRACE_S", 0.3)
     child = leash.LeashedProcess("dapo.runtime.leash", "stubborn", env=environment, log=tmp_path / "log")
-    while not (words := child.last_words()):
+    while not (words := child.last_lines()):
         assert child.poll() is None
         time.sleep(0.02)
     child.stop()
