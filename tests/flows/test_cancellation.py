@@ -26,7 +26,7 @@ def test_job_of_a_killed_flow_s_evaluation_is_ended_and_no_other(ray, shared, na
     jobs = []
     for owner in (ours, theirs):
         run, config = make_run(shared / "runs", f"of-{name}-{owner}", STANDIN_SECONDS="600")
-        jobs.append(job_of(ray, run, config, kind=EVALUATION, owner=str(owner)))
+        jobs.append(job_of(ray, run, config, kind=EVALUATION, owner=str(owner), turn=False))
         assert jobs[-1].start()
     flow_run = FlowRun(id=ours, flow_id=uuid4(), parameters={"config": config.model_dump(mode="json"), "model": "base"})
     try:
