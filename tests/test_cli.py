@@ -31,10 +31,10 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def refused(capsys, *words: str) -> str:
     """Standard error of a command that must be refused, without a trace."""
     assert cli.main(words) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("dapo: ")
-    assert "Traceback" not in told
-    return told
+    output = capsys.readouterr().err
+    assert output.startswith("dapo: ")
+    assert "Traceback" not in output
+    return output
 
 
 def every_command(parser: argparse.ArgumentParser, *words: str):
@@ -50,9 +50,9 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])
     assert left.value.code == 0
-    told = capsys.readouterr().out
-    assert f"usage: {' '.join(['dapo', *command])} " in told
-    assert len(told.splitlines()) > 5
+    output = capsys.readouterr().out
+    assert f"usage: {' '.join(['dapo', *command])} " in output
+    assert len(output.splitlines()) > 5
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_typo_in_a_key_names_the_nearest(capsys):
 
 
 def test_missing_configuration_names_those_that_are_there(capsys):
-    told = refused(capsys, "run", str(ROOT / "configs" / "geo3k_tinny.yaml"))
-    assert "no configuration file" in told
-    assert "geo3k_tiny.yaml" in told
+    output = refused(capsys, "run", str(ROOT / "configs" / "geo3k_tinny.yaml"))
+    assert "no configuration file" in output
+    assert "geo3k_tiny.yaml" in output
 
 
 def test_override_without_a_value_says_what_it_should_look_like(capsys):
@@ -99,9 +99,9 @@ def test_override_without_a_value_says_what_it_should_look_like(capsys):
 
 
 def test_wrong_device_names_what_is_here(capsys):
-    told = refused(capsys, "run", TINY, "device=npu")
-    assert re.search(r"device=npu, and this machine has: .*CPU", told)
-    assert "configs/geo3k_tiny.yaml" in told
+    output = refused(capsys, "run", TINY, "device=npu")
+    assert re.search(r"device=npu, and this machine has: .*CPU", output)
+    assert "configs/geo3k_tiny.yaml" in output
     assert not Path("runs").exists(), "nothing was begun"
 
 
@@ -145,26 +145,26 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize(("key", "check"), [("run_root", "disk: runs"), ("data.cache_dir", "disk: cache")])
 def test_full_disk_is_named_with_the_bytes_and_the_keys(small_disk, capsys, key, check):
-    told = refused(capsys, "run", TINY, f"{key}={small_disk}/here")
-    told = " ".join(told.split())
-    assert re.search(rf"fail {check} 2 MiB free at {small_disk}, about (\d+ MiB|0\.\d GiB) needed", told)
-    assert "set run_root / data.cache_dir to a larger disk" in told
+    output = refused(capsys, "run", TINY, f"{key}={small_disk}/here")
+    output = " ".join(output.split())
+    assert re.search(rf"fail {check} 2 MiB free at {small_disk}, about (\d+ MiB|0\.\d GiB) needed", output)
+    assert "set run_root / data.cache_dir to a larger disk" in output
 
 
 def test_recipe_for_npus_fails_within_seconds_with_a_table(capsys):
-    told = refused(capsys, "run", str(ROOT / "configs" / "geo3k.yaml"))
+    output = refused(capsys, "run", str(ROOT / "configs" / "geo3k.yaml"))
     for row in ("device", "CANN", "NPU packages", "disk: runs"):
-        assert re.search(rf"^fail +{row} ", told, re.M), row
-    assert "-> source /usr/local/Ascend/ascend-toolkit/set_env.sh" in told
+        assert re.search(rf"^fail +{row} ", output, re.M), row
+    assert "-> source /usr/local/Ascend/ascend-toolkit/set_env.sh" in output
 
 
 def test_plan_prints_resolved_and_derived_numbers_and_the_verdict(capsys):
     assert cli.main(["plan", TINY, "batch.prompts_per_update=32"]) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"updates per step +2", told)
-    assert "prompts_per_update: 32" in told
-    assert re.search(r"^run geo3k-tiny-[0-9a-f]{8}$", told, re.M)
-    assert re.search(r"\d+ ok", told)
+    output = capsys.readouterr().out
+    assert re.search(r"updates per step +2", output)
+    assert "prompts_per_update: 32" in output
+    assert re.search(r"^run geo3k-tiny-[0-9a-f]{8}$", output, re.M)
+    assert re.search(r"\d+ ok", output)
 
 
 def test_doctor_needs_no_configuration(capsys):
@@ -190,17 +190,17 @@ def test_status_lists_runs_and_says_how_one_is_doing(tmp_path, capsys):
     assert cli.main(["status"]) == 0
     assert f"{run.id}  step 1/2  running or killed; last word 0:00 ago" in capsys.readouterr().out
     assert cli.main(["status", "one"]) == 0
-    told = capsys.readouterr().out
-    assert "validation at step 0: accuracy 0.500" in told
-    assert "step 1/2  accuracy 0.550  reward -" in told
-    assert "left 1:02:05" in told
+    output = capsys.readouterr().out
+    assert "validation at step 0: accuracy 0.500" in output
+    assert "step 1/2  accuracy 0.550  reward -" in output
+    assert "left 1:02:05" in output
 
 
 def test_run_that_is_not_there_names_those_that_are(tmp_path, capsys):
     first, second = make_run(tmp_path / "runs", "one"), make_run(tmp_path / "runs", "once")
-    told = refused(capsys, "status", "two")
-    assert "no run of that name" in told
-    assert {first.id, second.id} == set(told.strip().rpartition("there are: ")[2].split(", "))
+    output = refused(capsys, "status", "two")
+    assert "no run of that name" in output
+    assert {first.id, second.id} == set(output.strip().rpartition("there are: ")[2].split(", "))
     assert "several runs begin so" in refused(capsys, "report", "on")
     shutil.rmtree(tmp_path / "runs")
     assert "`dapo run configs/geo3k_tiny.yaml` makes one" in refused(capsys, "status")

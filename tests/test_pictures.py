@@ -22,11 +22,11 @@ def test_every_picture_of_a_page_is_there_and_small_and_every_one_is_used():
 
 def test_without_a_browser_the_script_says_what_to_install(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "BROWSER_BINARY"} | {"PATH": str(tmp_path)}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(ROOT / "docs/screenshots.py"), str(tmp_path)],
         env=env | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 1
-    assert "apt install chromium" in told.stderr
+    assert done.returncode == 1
+    assert "apt install chromium" in done.stderr

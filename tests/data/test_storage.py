@@ -1,4 +1,4 @@
-"""Files that several processes share: who waits is told for whom."""
+"""Files that several processes share: whoever waits learns for whom."""
 
 import threading
 from pathlib import Path

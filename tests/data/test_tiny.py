@@ -126,10 +126,10 @@ def test_the_key_follows_every_setting() -> None:
 
 
 def test_progress_tells_every_step_and_the_loss(tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
-    make_tiny(TinyModel(warmup_steps=3, warmup_batch=4), tmp_path / "model", lambda *words: told.append(words))
-    assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
-    assert all(words.startswith("loss ") for _, _, words in told)
+    reported: list[tuple[int, int, str]] = []
+    make_tiny(TinyModel(warmup_steps=3, warmup_batch=4), tmp_path / "model", lambda *words: reported.append(words))
+    assert [(done, total) for done, total, _ in reported] == [(1, 3), (2, 3), (3, 3)]
+    assert all(words.startswith("loss ") for _, _, words in reported)
 
 
 def test_a_model_that_is_there_is_not_made_again(dense: Path) -> None:

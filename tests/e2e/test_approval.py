@@ -70,8 +70,8 @@ def test_a_yes_moves_the_alias_and_repeats_nothing(servers):
     assert int(found["infrastructure_pid"].rpartition(":")[2]) != process
     assert registry.aliases() == {CHALLENGER: 1, CHAMPION: 1}
     assert registry.require(1).tags["gate.decision"] == "promoted"
-    told = json.loads((runs / "decisions" / f"{NAME}-v1.json").read_text())
-    assert told["approval"] == {"decision": "promote", "note": "looks good"}
+    decision = json.loads((runs / "decisions" / f"{NAME}-v1.json").read_text())
+    assert decision["approval"] == {"decision": "promote", "note": "looks good"}
 
     [journal] = runs.glob("letters-retrain-*/journal.jsonl")
     assert [e.kind for e in read(journal) if e.kind in ("started", "step", "ended")] == ["started", "step", "ended"]

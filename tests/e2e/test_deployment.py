@@ -59,8 +59,8 @@ class Machine:
     def deployment_run(self, deployment: str, *arguments: str, code: int = 0, **overrides: object) -> str:
         """Returns the flow run's id."""
         parameters = ["-p", f"overrides={json.dumps(overrides)}"] if overrides else []
-        told = self.run("prefect", "deployment", "run", deployment, *parameters, *arguments, code=code)
-        return re.search(r"UUID: (\S+)", told)[1]
+        output = self.run("prefect", "deployment", "run", deployment, *parameters, *arguments, code=code)
+        return re.search(r"UUID: (\S+)", output)[1]
 
     def ask(self, path: str, body: dict | None = None) -> object:
         import urllib.request
@@ -107,10 +107,10 @@ def wait_for(what, within_s: float, why: str) -> None:
 
 
 def test_from_nothing_to_a_deployment_run_and_back(machine):
-    told = machine.up()
-    assert f"export PREFECT_API_URL={machine.api}" in told
-    assert f"http://127.0.0.1:{machine.mlflow_port}" in told
-    assert "dapo/geo3k-tiny" in told
+    output = machine.up()
+    assert f"export PREFECT_API_URL={machine.api}" in output
+    assert f"http://127.0.0.1:{machine.mlflow_port}" in output
+    assert "dapo/geo3k-tiny" in output
     before = {name: machine.service(name)["pid"] for name in ("server", "mlflow", "worker-dapo")}
 
     # On a machine without NPUs the recipe is refused in its first task.
@@ -167,12 +167,12 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
         return [e.step for e in read(journal) if e.kind == "step"]
 
     wait_for(steps, 300, "the long run's first step")
-    told = machine.run("dapo.cli", "down")
-    assert "goes on" in told
+    output = machine.run("dapo.cli", "down")
+    assert "goes on" in output
     reached = steps()[-1]
     wait_for(lambda: steps()[-1] > reached, 120, "steps without worker and server")
-    told = machine.run("dapo.cli", "down", "--stop-runs")
-    assert "asked to save a checkpoint" in told
+    output = machine.run("dapo.cli", "down", "--stop-runs")
+    assert "asked to save a checkpoint" in output
     last = list(read(journal))[-1]
     assert (last.kind, last.data["status"]) == ("ended", "stopped")
     assert [e.step for e in read(journal) if e.kind == "checkpoint"] == [last.step]

@@ -166,7 +166,7 @@ def test_the_page_and_the_summary_say_it(world, tmp_path):
     for text in ("<svg", "At equal device-hours", "model.optimizer.lr", "half:even", "2 runs compared", "+30.0"):
         assert text in page, text
     assert "<script" not in page
-    told = markdown(found)
-    assert "more than chance" in told
-    assert "| configuration: model.optimizer.lr | 1e-06 | 5e-06 |" in told
-    assert len({line.count("|") for line in told.splitlines() if line.startswith("|")}) == 1, "tables are whole"
+    summary = markdown(found)
+    assert "more than chance" in summary
+    assert "| configuration: model.optimizer.lr | 1e-06 | 5e-06 |" in summary
+    assert len({line.count("|") for line in summary.splitlines() if line.startswith("|")}) == 1, "tables are whole"

@@ -56,9 +56,9 @@ def folder_for(world, **overrides):
 
 def test_an_evaluation_is_measured_once_and_goes_on_where_it_was_killed(world):
     folder = folder_for(world)
-    told = []
-    measured = evaluate(folder, lambda *how_far: told.append(how_far))
-    assert told[-1][:2] == (PROMPTS, PROMPTS)
+    reported = []
+    measured = evaluate(folder, lambda *how_far: reported.append(how_far))
+    assert reported[-1][:2] == (PROMPTS, PROMPTS)
     results = folder.read_results()
     assert len(results) == PROMPTS
     assert measured["metrics"]["val/prompts"] == PROMPTS
@@ -69,9 +69,9 @@ def test_an_evaluation_is_measured_once_and_goes_on_where_it_was_killed(world):
     assert "data:image/png;base64," in page
     assert f"All {PROMPTS} prompts" in page
 
-    told.clear()
-    assert evaluate(folder, lambda *how_far: told.append(how_far)) == measured
-    assert told == []
+    reported.clear()
+    assert evaluate(folder, lambda *how_far: reported.append(how_far)) == measured
+    assert reported == []
 
     # Killed in the middle of its ninth line.
     lines = folder.answers.read_text().splitlines(keepends=True)

@@ -116,7 +116,7 @@ def test_different_prompts_or_sample_counts_are_an_error_not_a_decision():
 
 def test_the_record_is_json_without_nan():
     nothing = {name: prompt(name, [None] if name != "p0" else [True]) for name in CHAMPION}
-    told = decide(CHAMPION, nothing, GateConfig()).plain()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["gate"]["min_prompts"] == 30
-    assert told["promote"] is False
+    decision = decide(CHAMPION, nothing, GateConfig()).plain()
+    assert json.loads(json.dumps(decision, allow_nan=False)) == decision
+    assert decision["gate"]["min_prompts"] == 30
+    assert decision["promote"] is False

@@ -27,8 +27,8 @@ def world(tmp_path_factory):
 def dapo(world, capsys):
     def run(*words):
         code = main([str(word) for word in words])
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 

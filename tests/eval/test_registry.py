@@ -175,11 +175,11 @@ def test_a_decision_is_kept_either_way(world):
     for challenger, champion, right in ((first, None, 130), (second, first, 100)):
         decision = decide(many(200, 100), many(200, right), GateConfig()).plain()
         path = record_decision(registry, challenger, champion, decision, Path(config.run_root))
-        told = json.loads(path.read_text())
-        assert told["promote"] is (right == 130)
-        assert told["versions"] == {"champion": champion and champion.version, "challenger": challenger.version}
-        assert told["challenger"]["accuracy"] == right / 200
-        assert told["difference"]["low"] < told["difference"]["high"] or right == 100
+        saved = json.loads(path.read_text())
+        assert saved["promote"] is (right == 130)
+        assert saved["versions"] == {"champion": champion and champion.version, "challenger": challenger.version}
+        assert saved["challenger"]["accuracy"] == right / 200
+        assert saved["difference"]["low"] < saved["difference"]["high"] or right == 100
         tags = registry.require(challenger.version).tags
         assert tags["gate.decision"] == ("promoted" if right == 130 else "refused")
         assert tags["gate.against"] == ("1" if champion else "base")

@@ -77,8 +77,8 @@ def test_a_number_used_again_is_not_killed(tmp_path, stranger, born_then_too):
     record = service.running()
     assert service.stop()
     born = processes.look(stranger.pid).born if born_then_too else record.born
-    told = asdict(replace(record, pid=stranger.pid, born=born))
-    (tmp_path / "old.json").write_text(json.dumps(told))
+    saved = asdict(replace(record, pid=stranger.pid, born=born))
+    (tmp_path / "old.json").write_text(json.dumps(saved))
     assert service.running() is None
     assert not service.stop()
     assert stranger.poll() is None
@@ -89,9 +89,9 @@ def test_one_that_dies_at_once_is_quoted(tmp_path):
     (tmp_path / "sick.log").write_text("words of an earlier one\n")
     code = "import sys; sys.exit('the database is locked')"
     service.start([sys.executable, "-c", code], "", os.environ, tmp_path)
-    with pytest.raises(EnvironmentCheckError, match=r"sick server ended.*\n.*the database is locked") as told:
+    with pytest.raises(EnvironmentCheckError, match=r"sick server ended.*\n.*the database is locked") as refused:
         service.wait(lambda: False)
-    assert "earlier" not in str(told.value)
+    assert "earlier" not in str(refused.value)
     assert service.running() is None
 
 
@@ -160,8 +160,8 @@ def test_a_ray_in_use_that_does_not_answer_ends_only_when_that_is_asked_for(proj
     children = list(map(int, ray.stdout.readline().split()))
     state = stack.runs / ".ray"
     state.mkdir(parents=True)
-    told = LocalHead(f"http://127.0.0.1:{free_port()}", mark, str(project / "ray"), (os.getpid(),))
-    (state / "head.json").write_text(json.dumps(asdict(told)))
+    head = LocalHead(f"http://127.0.0.1:{free_port()}", mark, str(project / "ray"), (os.getpid(),))
+    (state / "head.json").write_text(json.dumps(asdict(head)))
     (state / "token").write_text("secret")
     try:
         down(stack, stop_runs=False, end_ray=False, wait_s=1)

@@ -70,10 +70,10 @@ def test_validations_and_checkpoints_are_task_runs_and_finished_stages_are_skipp
     assert names["fetch_weights-tiny"] == "Cached"
     assert not [n for n in names if n.startswith(("record_validation", "log_checkpoint", "find_cluster"))]
     # Prefect's loggers write to the console or pass on to the root, whichever test came first.
-    told = capsys.readouterr().err + caplog.text
-    assert "prepare_dataset skipped: the same configuration and code made" in told
-    assert "fetch_weights skipped: the same configuration and code made" in told
-    assert "skipped: whole-" in told
+    output = capsys.readouterr().err + caplog.text
+    assert "prepare_dataset skipped: the same configuration and code made" in output
+    assert "fetch_weights skipped: the same configuration and code made" in output
+    assert "skipped: whole-" in output
 
     # Prefect remembers a path; somebody removed what it leads to.
     shutil.rmtree(inputs["data"])

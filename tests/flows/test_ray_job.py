@@ -168,9 +168,9 @@ def test_remote_cluster_gets_the_code_but_not_the_data_and_asks_for_the_token(ra
     assert job.start()
     with pytest.raises(TrainingError, match="crashed"):
         list(job.follow())
-    told = ray.log(job.id)
-    assert "files ['ours.py'] in " in told
-    assert str(tmp_path) not in told.partition(" in ")[2]
+    output = ray.log(job.id)
+    assert "files ['ours.py'] in " in output
+    assert str(tmp_path) not in output.partition(" in ")[2]
     monkeypatch.delenv("OUR_TOKEN")
     with pytest.raises(EnvironmentCheckError, match="refuses us"):
         cluster.connect(config)

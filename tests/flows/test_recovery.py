@@ -63,7 +63,7 @@ def dead():
 def test_flow_run_whose_process_is_gone_is_crashed_and_only_that(dead):
     living = processes.look(os.getpid())
     with get_client(sync_client=True) as client:
-        told = {
+        cases = {
             "gone": (running(client), place(dead)),
             "lives": (running(client), place(living)),
             "number used again": (running(client), place(processes.Process(living.pid, 0, 0, living.born - 1))),
@@ -72,12 +72,12 @@ def test_flow_run_whose_process_is_gone_is_crashed_and_only_that(dead):
             "cancelled": (running(client, state=Cancelling), place(dead)),
             "says nothing": (running(client), {}),
         }
-        for one, labels in told.values():
+        for one, labels in cases.values():
             client.update_flow_run_labels(one, labels)
         assert len(recovery.sweep()) == 3
-        states = {name: client.read_flow_run(one).state.name for name, (one, _) in told.items()}
+        states = {name: client.read_flow_run(one).state.name for name, (one, _) in cases.items()}
     ended = {"gone": "Crashed", "number used again": "Crashed", "cancelled": "Cancelled"}
-    assert states == dict.fromkeys(told, "Running") | ended
+    assert states == dict.fromkeys(cases, "Running") | ended
 
 
 @contextlib.contextmanager
@@ -99,11 +99,11 @@ def test_flow_run_killed_before_it_said_a_word_is_crashed_and_only_that(dead):
     here = socket.gethostname()
     worker = {"prefect.worker.name": f"{here}:project", "prefect.worker.type": "process"}
     with get_client(sync_client=True) as client, contextlib.ExitStack() as stack:
-        told = {
+        cases = {
             "gone": (running(client), worker, dead.pid),
             "cancelled": (running(client, state=Cancelling), worker, dead.pid),
             "number used again": (running(client), worker, os.getpid()),
-            "an attempt before told": (running(client, attempt=2), worker | place(dead), dead.pid),
+            "an earlier attempt is recorded": (running(client, attempt=2), worker | place(dead), dead.pid),
             "only its Ray lives": (running(client), worker, dead.pid),
             "lives": (running(client), worker, None),
             "lives, number of the attempt before": (running(client, attempt=2), worker, dead.pid),
@@ -112,7 +112,7 @@ def test_flow_run_killed_before_it_said_a_word_is_crashed_and_only_that(dead):
             "nobody knows whose": (running(client), worker | {"prefect.worker.name": f"{here}-1"}, dead.pid),
             "in a container": (running(client), worker | {"prefect.worker.type": "docker"}, dead.pid),
         }
-        for name, (one, labels, pid) in told.items():
+        for name, (one, labels, pid) in cases.items():
             if name == "lives":
                 pid = stack.enter_context(process_of(one))
             elif name == "only its Ray lives":
@@ -122,9 +122,9 @@ def test_flow_run_killed_before_it_said_a_word_is_crashed_and_only_that(dead):
             client.update_flow_run_labels(one, labels)
             client.update_flow_run(one, infrastructure_pid=str(pid))
         recovery.sweep()
-        states = {name: client.read_flow_run(one).state.name for name, (one, *_) in told.items()}
-    ended = {"gone", "number used again", "an attempt before told", "only its Ray lives"}
-    assert states == dict.fromkeys(told, "Running") | dict.fromkeys(ended, "Crashed") | {"cancelled": "Cancelled"}
+        states = {name: client.read_flow_run(one).state.name for name, (one, *_) in cases.items()}
+    ended = {"gone", "number used again", "an earlier attempt is recorded", "only its Ray lives"}
+    assert states == dict.fromkeys(cases, "Running") | dict.fromkeys(ended, "Crashed") | {"cancelled": "Cancelled"}
 
 
 def test_flow_runs_inside_end_with_the_one_around_them(dead):
@@ -185,8 +185,8 @@ def test_flows_without_a_job_say_where_their_process_is_and_come_back_too(name, 
     with pytest.raises(ConfigError):
         state.result()
     with get_client(sync_client=True) as client:
-        told = client.read_flow_run(state.state_details.flow_run_id).labels[recovery.LABEL]
-    assert told == place(processes.look(os.getpid()))[recovery.LABEL]
+        label = client.read_flow_run(state.state_details.flow_run_id).labels[recovery.LABEL]
+    assert label == place(processes.look(os.getpid()))[recovery.LABEL]
 
 
 def test_cancelled_flow_run_without_a_process_gets_its_flow_s_hook(dead, monkeypatch):
@@ -208,7 +208,7 @@ def flow_of(name):
 @pytest.fixture
 def told_run(tmp_path):
     """A run's folder with validations at 0, 2, 4 and checkpoints at 2, 4, all in MLflow."""
-    config = io.validate(standin_tree(tmp_path, "told"))
+    config = io.validate(standin_tree(tmp_path, "recorded"))
     folder = RunFolder.of(config)
     folder.root.mkdir(parents=True)
     folder.manifest.write_text("{}")

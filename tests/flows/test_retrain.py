@@ -79,12 +79,12 @@ def test_a_life(config, monkeypatch):
 
     # Random weights end their answers by chance; a model that writes letters is cut off a little more often.
     said = retrain(config, gate={"max_truncated_gain": None})
-    told = decision(config, 1)
+    saved = decision(config, 1)
     assert said.startswith("promoted: accuracy "), said
-    assert told["promote"] is True
-    assert told["because"] == "there is no champion yet"
-    assert told["versions"] == {"champion": None, "challenger": 1}
-    assert told["difference"]["low"] > 0
+    assert saved["promote"] is True
+    assert saved["because"] == "there is no champion yet"
+    assert saved["versions"] == {"champion": None, "challenger": 1}
+    assert saved["difference"]["low"] > 0
     assert registry.aliases() == {CHALLENGER: 1, CHAMPION: 1}
     folders = [EvaluationFolder(p.parent) for p in Path(config.run_root).glob("evaluations/*/metrics.json")]
     assert {f.read_inputs()["model"]["reference"] for f in folders} > {"base"}
@@ -97,12 +97,12 @@ def test_a_life(config, monkeypatch):
     # Nothing is learned at this rate: whatever the difference is, it is noise.
     still = io.override(config, {"model.optimizer.lr": 1e-12, "train.steps": 1})
     said = retrain(still, because="every Monday")
-    told = decision(config, 2)
+    saved = decision(config, 2)
     assert said.startswith("refused: accuracy "), said
-    assert told["promote"] is False
-    assert told["because"] == "every Monday"
-    assert [c["name"] for c in told["checks"] if not c["passed"]] == ["gain"]
-    assert told["difference"]["low"] <= 0 <= told["difference"]["high"]
+    assert saved["promote"] is False
+    assert saved["because"] == "every Monday"
+    assert [c["name"] for c in saved["checks"] if not c["passed"]] == ["gain"]
+    assert saved["difference"]["low"] <= 0 <= saved["difference"]["high"]
     assert registry.aliases() == {CHALLENGER: 2, CHAMPION: 1}
     assert registry.require(2).tags["gate.decision"] == "refused"
     assert registry.require(2).tags["weights.from"] == str(registry.require(1).folder)
@@ -121,9 +121,9 @@ def test_a_champion_that_changed_meanwhile_is_the_one_to_beat(config):
     limits = ("min_gain", "max_length_growth", "max_format_loss", "max_truncated_gain", "max_slice_loss")
     said = retrain(still, because="new figures", approval=True, gate=dict.fromkeys(limits) | {"min_gain": -1})
     assert said.startswith("promoted: accuracy "), said
-    told = decision(config, 3)
-    assert told["versions"] == {"champion": 2, "challenger": 3}
-    assert told["approval"] == {"decision": "promote", "note": "over 2, too"}
+    saved = decision(config, 3)
+    assert saved["versions"] == {"champion": 2, "challenger": 3}
+    assert saved["approval"] == {"decision": "promote", "note": "over 2, too"}
     assert registry.aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS: 2}
     assert registry.require(3).tags["gate.against"] == "2"
     assert len(list(Path(config.run_root).glob("letters-retrain-*"))) == 3, "nothing was trained a second time"

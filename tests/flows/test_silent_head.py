@@ -24,13 +24,13 @@ def silent(monkeypatch):
     before = []
 
     def silence(place):
-        told = head.remembered(place)
-        before.append((place, told))
-        head.remember(place, replace(told, address=f"http://127.0.0.1:{cluster.free_port()}"))
+        saved = head.remembered(place)
+        before.append((place, saved))
+        head.remember(place, replace(saved, address=f"http://127.0.0.1:{cluster.free_port()}"))
 
     yield silence
-    for place, told in before:
-        head.remember(place, told)
+    for place, saved in before:
+        head.remember(place, saved)
 
 
 def test_nobody_ends_a_silent_ray_on_which_a_training_runs(ray, shared, silent, monkeypatch):
@@ -60,12 +60,12 @@ def test_a_silent_ray_without_a_job_is_ended(tmp_path, silent):
     place = cluster.state_folder(config)
     place.mkdir(parents=True)
     (place / "token").write_text("secret")
-    told = head.LocalHead("", f"mark-{time.time_ns()}", str(tmp_path / "ray"), ())
-    head.remember(place, told)
+    lost = head.LocalHead("", f"mark-{time.time_ns()}", str(tmp_path / "ray"), ())
+    head.remember(place, lost)
     silent(place)
-    raylet = subprocess.Popen([sys.executable, *SLEEP], env={"MARK": told.mark}, stdout=subprocess.PIPE)
+    raylet = subprocess.Popen([sys.executable, *SLEEP], env={"MARK": lost.mark}, stdout=subprocess.PIPE)
     raylet.stdout.readline()
-    assert len(processes.family(told.mark)) == 1
+    assert len(processes.family(lost.mark)) == 1
     assert cluster.end_unused(config) == ""
     assert raylet.wait(5) != 0
     assert head.remembered(place) is None

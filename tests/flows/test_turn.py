@@ -111,8 +111,10 @@ def test_what_takes_a_turn():
             return [{"resources_total": {"CPU": 8.0}}, {"resources_total": self.resources}]
 
     gpus, npus, cpus = Cluster({"GPU": 8.0}), Cluster({"NPU": 16.0}), Cluster({"CPU": 8.0})
-    told = [[takes_turn(RunConfig(device=kind), one) for one in (gpus, npus, cpus)] for kind in ("auto", "cpu", "cuda")]
-    assert told == [[True, True, False], [False, False, False], [True, True, True]]
+    answers = [
+        [takes_turn(RunConfig(device=kind), one) for one in (gpus, npus, cpus)] for kind in ("auto", "cpu", "cuda")
+    ]
+    assert answers == [[True, True, False], [False, False, False], [True, True, True]]
 
 
 def test_of_two_that_start_together_one_trains(ray, root):
@@ -172,16 +174,16 @@ def test_who_submits_from_another_run_root_at_the_same_moment_withdraws_and_wait
 
 def test_it_says_who_since_when_and_how_far(tmp_path):
     run = RunFolder(tmp_path / "long-1234")
-    told = ClusterHolder("dapo-long-1234-1", run, time.time())
-    assert "its folder cannot be read from here" in str(told)
+    holder = ClusterHolder("dapo-long-1234-1", run, time.time())
+    assert "its folder cannot be read from here" in str(holder)
     run.root.mkdir()
-    assert str(told).endswith(time.strftime("since %H:%M", time.localtime(told.since)))
+    assert str(holder).endswith(time.strftime("since %H:%M", time.localtime(holder.since)))
     journal = Journal(run.journal)
     journal.append("started", 0, total_steps=100)
-    assert str(told).endswith(": before step 1 of 100")
+    assert str(holder).endswith(": before step 1 of 100")
     journal.append("step", 12, metrics={}, seconds_left=754.0)
-    assert "long-1234 (job dapo-long-1234-1), which runs since" in str(told)
-    assert str(told).endswith(": step 12 of 100, about 13 min left")
+    assert "long-1234 (job dapo-long-1234-1), which runs since" in str(holder)
+    assert str(holder).endswith(": step 12 of 100, about 13 min left")
     measuring = EvaluationFolder(tmp_path)
     measuring.progress.write_text('{"done": 3, "total": 64}')
     assert str(ClusterHolder("dapo-base-1", RunFolder(tmp_path), time.time())).endswith(": prompt 3 of 64")
@@ -212,8 +214,8 @@ def test_a_flow_says_it_in_an_artifact_and_cancelling_it_works(prefect_api, tmp_
                         while time.monotonic() < end_at:
                             ours(ahead)
                             time.sleep(0.2)
-                    except turn.CancelledWhileWaiting as told:
-                        return str(told)
+                    except turn.CancelledWhileWaiting as cancelled:
+                        return str(cancelled)
             tags.append(client.read_flow_run(flow_run.id).tags)
             artifacts = client.read_artifacts(limit=200)
             (said,) = {str(artifact.data) for artifact in artifacts if artifact.key == turn.WAITING}

@@ -22,7 +22,7 @@ with only_follower(RunFolder(pathlib.Path(sys.argv[1])), logging.getLogger()):
 
 
 @pytest.fixture
-def told(caplog):
+def messages(caplog):
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -31,43 +31,43 @@ def numbered(first, last):
     return "".join(f"line {n}\n" for n in range(first, last))
 
 
-def test_lines_are_passed_on_as_they_are_written_and_half_a_line_waits(tmp_path, told):
+def test_lines_are_passed_on_as_they_are_written_and_half_a_line_waits(tmp_path, messages):
     path = tmp_path / "job.log"
-    stream = LogStream(path, logging.getLogger("told"))
+    stream = LogStream(path, logging.getLogger("job"))
     stream.pump()
     path.write_text("first\nsec")
     stream.pump()
     with path.open("a") as file:
         file.write("ond\n")
     stream.pump()
-    assert told() == ["first", "second"]
+    assert messages() == ["first", "second"]
 
 
-def test_whoever_follows_anew_begins_with_the_last_lines(tmp_path, told):
+def test_whoever_follows_anew_begins_with_the_last_lines(tmp_path, messages):
     path = tmp_path / "job.log"
     path.write_text(numbered(0, 1000))
-    LogStream(path, logging.getLogger("told")).pump()
-    assert told() == numbered(960, 1000).splitlines()
+    LogStream(path, logging.getLogger("job")).pump()
+    assert messages() == numbered(960, 1000).splitlines()
 
 
-def test_of_long_last_lines_fewer_are_passed_on_and_none_in_part(tmp_path, told):
+def test_of_long_last_lines_fewer_are_passed_on_and_none_in_part(tmp_path, messages):
     path = tmp_path / "job.log"
     long = ["a" * 3000, "b" * 3000, "c" * 3000]
     path.write_text("\n".join(long) + "\n")
-    LogStream(path, logging.getLogger("told")).pump()
-    assert told() == long[1:]
+    LogStream(path, logging.getLogger("job")).pump()
+    assert messages() == long[1:]
 
 
-def test_the_rest_of_a_flood_is_counted(tmp_path, told, monkeypatch):
+def test_the_rest_of_a_flood_is_counted(tmp_path, messages, monkeypatch):
     path = tmp_path / "job.log"
     path.write_text("")
-    stream = LogStream(path, logging.getLogger("told"))
+    stream = LogStream(path, logging.getLogger("job"))
     path.write_text(numbered(0, 1000))
     stream.pump()
-    assert told() == numbered(0, 40).splitlines()
+    assert messages() == numbered(0, 40).splitlines()
     monkeypatch.setattr("tasks.watch._PER_S", 0.0)
     stream.pump()
-    assert told()[40:] == [f"960 lines more in {path}"]
+    assert messages()[40:] == [f"960 lines more in {path}"]
 
 
 def test_who_follows_is_written_down_and_nobody_does_once_it_is_killed(tmp_path):

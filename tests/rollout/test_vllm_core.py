@@ -22,10 +22,10 @@ from dapo.errors import EngineError
 from dapo.rollout.vllm_core import CoreWatch
 
 
-def core_with_a_worker(say: Connection) -> None:
+def core_with_a_worker(sender: Connection) -> None:
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     segment = SharedMemory(create=True, size=64)
-    say.send((worker.pid, segment.name))
+    sender.send((worker.pid, segment.name))
     worker.wait()
     time.sleep(600)
 
@@ -35,10 +35,10 @@ class Engine:
 
     def __init__(self, answer_s: float) -> None:
         context = multiprocessing.get_context("spawn")
-        told, say = context.Pipe(duplex=False)
-        self.core = context.Process(target=core_with_a_worker, args=(say,), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        self.core = context.Process(target=core_with_a_worker, args=(sender,), daemon=True)
         self.core.start()
-        worker, self.segment = told.recv()
+        worker, self.segment = receiver.recv()
         self.worker = psutil.Process(worker)
         self.answer: Future[None] = Future()
         self.client = SimpleNamespace(outputs_queue=queue.Queue(), utility_results={1: self.answer})

@@ -70,7 +70,7 @@ def make(tmp_path, policy=None, keep=2):
     return folder, Checkpoints(folder, Journal(folder.journal), policy or SlowPolicy(), keep)
 
 
-def told(folder, kind="checkpoint"):
+def steps_of(folder, kind="checkpoint"):
     return [e.step for e in read(folder.journal) if e.kind == kind]
 
 
@@ -112,7 +112,7 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path):
     controller["buffer"].clear()
     saves.poll()
     assert checkpoints.newest(folder, pytest.fail) is None
-    assert told(folder) == []
+    assert steps_of(folder) == []
     policy.disk.set()
     saves.finish()
     path = folder.checkpoint(5)
@@ -142,12 +142,12 @@ def test_the_next_checkpoint_waits_for_the_one_before(tmp_path):
     saves.begin(1, {}, {})
     policy.disk.set()
     saves.begin(2, {}, {})
-    assert told(folder) == [1]
+    assert steps_of(folder) == [1]
     saves.finish()
-    assert told(folder) == [1, 2]
+    assert steps_of(folder) == [1, 2]
     saves.begin(2, {}, {})  # it is there already
     saves.finish()
-    assert told(folder) == [1, 2]
+    assert steps_of(folder) == [1, 2]
 
 
 def test_a_failed_one_is_an_alarm_that_loses_nothing_and_is_owed(tmp_path):
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_fails_while_a_part_is_written_waits_for_it_and_leaves
     saves.begin(2, {}, {})
     saves.finish()  # the error of the write before is not this one's
     assert checkpoints.newest(folder, pytest.fail) == folder.checkpoint(2)
-    assert told(folder, "alarm") == [1]
+    assert steps_of(folder, "alarm") == [1]
 
 
 def test_what_fails_after_a_good_checkpoint_is_an_alarm(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_what_fails_after_a_good_checkpoint_is_an_alarm(tmp_path, monkeypatch):
         saves.begin(step, {}, {})
         saves.finish()
     assert not saves.retry_due
-    assert told(folder) == [1, 2]
+    assert steps_of(folder) == [1, 2]
     alarms = [e.data for e in read(folder.journal) if e.kind == "alarm"]
     assert [a["name"] for a in alarms] == ["checkpoint_after", "checkpoint_prune", "checkpoint_after"]
     assert "mirror is gone" in alarms[0]["message"]
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_made_is_owed_too(tmp_path):
     saves.begin(1, {}, {})
     with pytest.raises(CheckpointError, match="step 1 could not be written"):
         saves.finish()
-    assert told(folder, "alarm") == [1]
+    assert steps_of(folder, "alarm") == [1]
 
 
 def test_a_full_disk_while_sealing_is_one_sentence_and_loses_nothing(tmp_path):
@@ -318,7 +318,7 @@ def test_killed_at_any_moment_leaves_the_newest_whole_one_and_the_next_start_goe
         again.begin(3, {}, {})
         again.finish()
         assert [p.name for p in folder.checkpoints.iterdir()] == ["step-000003"]
-        assert told(folder) == sorted({*told(folder), 3} | ({step} - {None}))
+        assert steps_of(folder) == sorted({*steps_of(folder), 3} | ({step} - {None}))
     assert seen == {None, 1, 2}
     assert operation > 20
 

@@ -1,4 +1,4 @@
-"""Children end: when they are told to, and when their parent is killed."""
+"""Children end: when they are asked to, and when their parent is killed."""
 
 import os
 import subprocess

@@ -201,7 +201,7 @@ def test_a_run_goes_on_on_another_machine_with_its_records(storage, tmp_path):
     before = [(e.kind, e.step) for e in read(elsewhere.journal)]
     assert ("checkpoint", 2) in before
     assert not restore_records(storage, elsewhere), "once"
-    assert not Journal(elsewhere.journal).append("step", 2, metrics={}), "what happened once is not told twice"
+    assert not Journal(elsewhere.journal).append("step", 2, metrics={}), "what happened once is not reported twice"
     assert Mirror(storage, elsewhere, keep=2).restore() == elsewhere.checkpoint(2)
 
 

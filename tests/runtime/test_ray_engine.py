@@ -168,11 +168,11 @@ def test_a_call_that_hangs_ends_the_job_and_names_the_worker_and_the_deadline():
     for call, ask in CALLS.items():
         workers = copy(healthy)
         key = "train.deadline_s" if call == "old_logprobs" else "rollout.deadline_s"
-        told = rf"{call} did not end within 1 s on trainer-1: it hangs; raise {key}"
-        with pytest.raises(TrainingError, match=told):
+        message = rf"{call} did not end within 1 s on trainer-1: it hangs; raise {key}"
+        with pytest.raises(TrainingError, match=message):
             ask(workers)
         started = time.monotonic()
-        with pytest.raises(TrainingError, match=told):
+        with pytest.raises(TrainingError, match=message):
             RayPolicy(workers).written(wait=True)  # nobody waits for it a second time
         assert time.monotonic() - started < 1
 

@@ -35,10 +35,10 @@ def test_a_worker_that_was_started_without_a_variable_says_so_before_it_loads_an
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"SET_BEFORE": "1", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as place:
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script), place], env=env, capture_output=True, text=True, timeout=250
         )
-    had, lacked = told.stdout.splitlines()[-2:]
+    had, lacked = done.stdout.splitlines()[-2:]
     assert had.startswith("WeightsError /no/weights has no config.json"), "this one went on to the weights"
     assert lacked.startswith("EnvironmentCheckError worker 0 on ")
     assert "was started without SET_TOO_LATE=1 (ray.preload)" in lacked
@@ -49,10 +49,10 @@ def lacking_when_started_with(env, preload):
     script = (
         "import json, sys; from dapo.plan.variables import lacking; print(json.dumps(lacking(json.loads(sys.argv[1]))))"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(preload)], env=env, capture_output=True, text=True, check=True
     )
-    return json.loads(told.stdout)
+    return json.loads(done.stdout)
 
 
 def test_a_process_is_judged_by_what_it_was_started_with(monkeypatch):

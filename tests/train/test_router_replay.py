@@ -32,7 +32,7 @@ def gradients(policy, batch):
 
 
 def own_choices(policy, batch):
-    """The batch with the experts that the policy itself chooses for it, told by every token."""
+    """The batch with the experts that the policy itself chooses for it, recorded for every token."""
     plan = plan_packs(batch, ranks=1, tokens_per_pack=500)
     (pack,) = plan.updates[0][0]
     chosen = []
@@ -41,9 +41,9 @@ def own_choices(policy, batch):
         policy.network(policy.collate(batch, pack)[0])
     for hook in hooks:
         hook.remove()
-    told = torch.stack(chosen, 1).to(torch.uint8)  # [N, layers, k], prompts first
+    recorded = torch.stack(chosen, 1).to(torch.uint8)  # [N, layers, k], prompts first
     groups, prompt_end = list(batch.groups), 0
-    at = len(told) - sum(
+    at = len(recorded) - sum(
         len(batch.groups[s.group].sequences[i].response_ids) - 1 for s in pack.segments for i in s.sequences
     )
     for segment in pack.segments:
@@ -52,7 +52,11 @@ def own_choices(policy, batch):
         sequences = []
         for index, sequence in enumerate(group.sequences):
             inputs = len(sequence.response_ids) - 1
-            rows = told[at : at + inputs] if index else torch.cat([told[start:prompt_end], told[at : at + inputs]])
+            rows = (
+                recorded[at : at + inputs]
+                if index
+                else torch.cat([recorded[start:prompt_end], recorded[at : at + inputs]])
+            )
             sequences.append(dataclasses.replace(sequence, experts=rows.numpy().tobytes()))
             at += inputs
         groups[segment.group] = TrainGroup(group.prompt, tuple(sequences))
@@ -60,13 +64,13 @@ def own_choices(policy, batch):
 
 
 @pytest.mark.parametrize("kind", ["moe", "text-moe"])
-def test_the_trainers_own_choices_told_back_change_no_bit(kind, tmp_path):
+def test_the_trainers_own_choices_replayed_change_no_bit(kind, tmp_path):
     policy = make_policy(make_folder(tmp_path, kind), kind)
     batch = make_batch(per_update=4, images="none" if kind == "text-moe" else "some")
-    told = own_choices(policy, batch)
-    assert all(s.experts or len(s.response_ids) == 1 for g in told.groups for s in g.sequences)
+    recorded = own_choices(policy, batch)
+    assert all(s.experts or len(s.response_ids) == 1 for g in recorded.groups for s in g.sequences)
     free, free_gradients = gradients(policy, batch)
-    replayed, replayed_gradients = gradients(policy, told)
+    replayed, replayed_gradients = gradients(policy, recorded)
     assert torch.equal(free, replayed)
     assert all(
         gradient is replayed_gradients[name] is None or torch.equal(gradient, replayed_gradients[name])
@@ -129,17 +133,17 @@ def test_what_the_engine_tells_is_what_the_trainer_would_choose(kind, tmp_path):
         for index, s in enumerate(group.sequences):
             tokens = len(s.response_ids) - (index > 0)  # the first tells of the prompt's last token, too
             assert len(s.experts) == tokens * LAYERS * CHOICES
-    told = TrainBatch(groups, (tuple(range(len(groups))),), 0)
+    recorded = TrainBatch(groups, (tuple(range(len(groups))),), 0)
     policy = make_policy(folder, kind)
-    own = own_choices(policy, told)
+    own = own_choices(policy, recorded)
     same = total = 0
-    for ours, theirs in zip(own.groups, told.groups, strict=True):
+    for ours, theirs in zip(own.groups, recorded.groups, strict=True):
         for a, b in zip(ours.sequences, theirs.sequences, strict=True):
             pairs = zip(a.experts[-len(b.experts) :] if b.experts else b"", b.experts, strict=True)
             agreed = [x == y for x, y in pairs]
             same, total = same + sum(agreed), total + len(agreed)
     assert same > 0.98 * total  # float32 sums in another order may turn a near tie round
-    logprobs, _ = gradients(policy, told)
+    logprobs, _ = gradients(policy, recorded)
     sampled = torch.tensor([x for g in groups for s in g.sequences for x in s.rollout_logprobs])
     assert float((logprobs - sampled).abs().max()) < 1e-4
 
