@@ -1,1 +1,1 @@
-"""Measurements: each prints what it saw, paired with its rival or its limit in the same run."""
+"""Measurements: each prints what it measured, next to another framework or the hardware limit in the same run."""

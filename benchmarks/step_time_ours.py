@@ -43,7 +43,7 @@ class Endless:
         self.banned_token_ids, self.decode_many = processor.banned_token_ids, processor.decode_many
 
 
-class Door:
+class LocalEngine:
     """A worker's engine without Ray, as the controller asks for it."""
 
     def __init__(self, worker: Trainer) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
             run,
             Journal(run.journal),
             worker,
-            Door(worker),
+            LocalEngine(worker),
             rewards,
             prompts,
             prompts,

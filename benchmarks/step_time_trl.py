@@ -1,4 +1,4 @@
-"""The rival of `benchmarks.step_time`: TRL's GRPOTrainer; started by it, in TRL's own environment.
+"""TRL's side of `benchmarks.step_time`: its GRPOTrainer; started by it, in TRL's own environment.
 
 With `generate()` TRL runs as it is. With vLLM on CPU it takes the two repairs of `OnCpu`.
 """
@@ -30,7 +30,7 @@ class OnCpu(VLLMGeneration):  # type: ignore[misc]
     def sync_weights(self) -> None:
         """TRL loads into the layers one by one; on CPU vLLM has packed them, and they cannot be loaded any more:
         AttributeError: 'Parameter' object has no attribute 'weight_loader'. Nor does it drop image features of the
-        old weights; vLLM's own reload does, and must be told to forget that it has them."""
+        old weights; vLLM's own reload does, and must be made to forget that it has them."""
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         runner.reload_weights(weights_iterator=self._iter_named_params())
         self.llm.reset_prefix_cache()

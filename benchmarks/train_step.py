@@ -76,7 +76,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_work(processor: PromptProcessor) -> tuple[TrainBatch, list[dict[str, Any]]]:
-    """The step as our records, and the same as plain values for the rival."""
+    """The step as our records, and the same as plain values for TRL."""
     rng = random.Random(0)
     allowed = sorted(set(range(processor.vocab_size)) - set(processor.banned_token_ids) - set(processor.stop_token_ids))
     groups: list[TrainGroup] = []
@@ -195,20 +195,20 @@ def main() -> None:
         work_file.write_text(json.dumps(rows))
         arguments = (folder, work_file, args.rounds + 1, args.threads)
         ours = Ours(folder, processor, batch)
-        rival = Turns("benchmarks.train_step_trl", arguments, python=trl_python())
+        trl = Turns("benchmarks.train_step_trl", arguments, python=trl_python())
         try:
-            pairs = [(ours.step(), rival.step()) for _ in range(args.rounds + 1)]
+            pairs = [(ours.step(), trl.step()) for _ in range(args.rounds + 1)]
         finally:
-            rival.close()
+            trl.close()
         adds, rate = least_work(folder, batch), float32_rate()
     report(batch, pairs, adds, rate, memory, args)
 
 
 def report(batch: TrainBatch, pairs: list[Any], adds: float, rate: float, memory: Any, args: Any) -> None:
-    first_ours, first_rival = pairs[0]
+    first_ours, first_trl = pairs[0]
     gaps = [
         abs(a - b)
-        for mine, theirs in zip(first_ours["logprobs"], first_rival["logprobs"], strict=True)
+        for mine, theirs in zip(first_ours["logprobs"], first_trl["logprobs"], strict=True)
         for x, y in zip(mine, theirs, strict=True)
         for a, b in zip(x, y, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The rival of `benchmarks.train_step`: TRL's GRPOTrainer on given responses; started by it, in TRL's own environment.
+"""TRL's side of `benchmarks.train_step`: its GRPOTrainer on given responses; started by it, in TRL's own environment.
 
 Nothing of TRL is changed but where responses come from: they are read from the work file instead of being sampled.
 """

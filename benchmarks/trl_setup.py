@@ -1,4 +1,4 @@
-"""What both rivals on TRL share: data, model, and DAPO in TRL's words. Imported in TRL's own environment."""
+"""What both TRL benchmarks share: data, model, and DAPO in TRL's configuration. Imported in TRL's own environment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GROUP, UPDATES, MAX_TOKENS = 8, 4, 48
 
 
 def dataset(rows: Sequence[dict[str, Any]]) -> Any:
-    """The work file's prompts, numbered, each with its picture."""
+    """The work file's prompts, numbered, each with its image."""
     data = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": r["text"]}], "number": n} for n, r in enumerate(rows)]
     ).add_column("images", [[{"bytes": base64.b64decode(r["image"]), "path": None}] for r in rows])
-    data.set_transform(_with_pictures)
+    data.set_transform(_with_images)
     return data
 
 
@@ -63,6 +63,6 @@ def dapo_config(prompts: int, rounds: int, **more: Any) -> GRPOConfig:
     )
 
 
-def _with_pictures(batch: dict[str, Any]) -> dict[str, Any]:
-    pictures = [[Image.open(io.BytesIO(i["bytes"])) for i in images] for images in batch["images"]]
-    return batch | {"images": pictures}
+def _with_images(batch: dict[str, Any]) -> dict[str, Any]:
+    decoded = [[Image.open(io.BytesIO(i["bytes"])) for i in images] for images in batch["images"]]
+    return batch | {"images": decoded}

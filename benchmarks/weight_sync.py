@@ -90,7 +90,7 @@ def _resident() -> int:
 
 
 def receiver(pipe: Connection, rendezvous: str, layers: int) -> None:
-    """The engine's process: takes weights as it is told, and says what that cost."""
+    """The engine's process: takes weights as requested, and reports the cost."""
     torch.set_num_threads(1)
     held = make_weights(layers)
     link = Broadcast(rendezvous, 1, 2, deadline_s=300)

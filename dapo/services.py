@@ -14,7 +14,7 @@ def add_commands(commands: Any) -> None:
         help="start what deployments need: Prefect server, work pool, worker, MLflow",
         description="Start, or find, a Prefect server, a work pool, a worker and MLflow's pages; register everything "
         "in prefect.yaml. What answers already (PREFECT_API_URL, prefect.toml, the profile, MLFLOW_TRACKING_URI) is "
-        "used as it is. Said twice, nothing is started twice. Logs: runs/.up.",
+        "used as it is. Run twice, nothing is started twice. Logs: runs/.up.",
     )
     up.add_argument("--mlflow-port", type=int, default=5000, help="where MLflow's pages are shown (default: 5000)")
     up.set_defaults(command=_up)

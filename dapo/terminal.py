@@ -1,6 +1,6 @@
 """What `dapo run` shows: stages as they begin and end, a line per training step, and the numbers at the end.
 
-Read from the journal and told by the tasks; on a terminal the latest word is kept on a moving line below.
+From the journal and from the tasks; on a terminal the latest state stays on a moving line below.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LiveView:
             self._status.stop()
 
     def stage(self, stage: StageProgress) -> None:
-        """One word of a task."""
+        """One report of a task."""
         title = _TITLES.get(stage.name, stage.name)
         if stage.state == "running":
             words = f"{title}: {f'{stage.done}/{stage.total} ' if stage.total else ''}{stage.words}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""Records that travel between the rooms: frozen, printable, free of torch. Tensors are born in `dapo.train`.
+"""Records that travel between the packages: frozen, printable, free of torch. Tensors are born in `dapo.train`.
 
 Names follow the field: a `Prompt` gets `group_size` `Rollout`s, together a `RolloutGroup`; `policy_version` counts
 weight updates sent to the engine (0 = the weights the run started from).
@@ -61,7 +61,7 @@ class Completion:
     """Of a response that was continued: (policy version, tokens it wrote), in order. Empty: one version wrote all."""
     experts: bytes = b""
     """Which experts the engine's routers chose for the last input tokens of this response (its own without the last
-    one; in sample 0 those of the prompt before them, as many as the engine tells). Per token, layer with experts and
+    one; in sample 0 those of the prompt before them, as many as the engine reports). Per token, layer with experts and
     choice one integer: 1 byte up to 256 experts, else 2, little-endian. Empty: `rollout.router_replay` is off."""
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures of web pages by a Chromium without a screen, over its debugging protocol."""
+"""Screenshots of web pages by a headless Chromium, over its debugging protocol."""
 
 from __future__ import annotations
 

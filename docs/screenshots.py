@@ -1,4 +1,4 @@
-"""Takes the pictures in docs/pictures: `PYTHONPATH=. python docs/screenshots.py WORK [train.steps=20 ...]`.
+"""Takes the screenshots in docs/pictures: `PYTHONPATH=. python docs/screenshots.py WORK [train.steps=20 ...]`.
 
 Trains the tiny configuration twice (another learning rate the second time) with a Prefect server of its own, evaluates
 and compares the two, starts MLflow, and photographs Prefect's, MLflow's and our pages. WORK keeps runs, cache and

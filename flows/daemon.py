@@ -25,7 +25,7 @@ class Record:
 
     pid: int
     born: int
-    """Clock ticks since boot: a number used again by another process is told apart by it."""
+    """Clock ticks since boot: it distinguishes another process with the same number."""
     mark: str
     """Value of an environment variable that the process was started with."""
     address: str

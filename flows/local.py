@@ -32,7 +32,7 @@ def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[p
     Args:
         config: the run.
         parameters: of the flow, meaning this configuration.
-        watcher: told how far each stage is.
+        watcher: called with each stage's progress.
 
     Returns:
         finished | stopped
@@ -107,7 +107,7 @@ def _start_ray(config: RunConfig) -> None:
         if already_finished(config) is None:
             cluster.connect(config)
     except EnvironmentCheckError:
-        log.info("the task find_cluster tries again, and tells")
+        log.info("the task find_cluster tries again, and reports")
 
 
 @contextmanager

@@ -193,5 +193,5 @@ def _run_cancellation_hook(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 def _boot() -> str:
-    """Tells this start of the machine from the one before: numbers of processes begin anew."""
+    """Identifies this boot of the machine: process numbers begin anew with each."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]

@@ -76,7 +76,7 @@ class _Pending:
 
 
 class JournalRelay:
-    """Tells Prefect what a run's journal says; `offset` is up to where it was read.
+    """Passes a run's journal on to Prefect; `offset` is up to where it was read.
 
     Args:
         folder: of the run.

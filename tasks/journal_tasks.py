@@ -82,7 +82,7 @@ def alarm_raised(folder: RunFolder, step: int, name: str, message: str) -> None:
 
 
 def _emit(event: str, folder: RunFolder, payload: dict[str, Any]) -> None:
-    """One event; told a second time, after a crash, it has the same id, and Prefect keeps one."""
+    """One event; sent a second time, after a crash, it has the same id, and Prefect keeps one."""
     resource = {"prefect.resource.id": f"dapo.run.{folder.id}", "prefect.resource.name": folder.id}
     identity = f"{folder.id} {folder.manifest.stat().st_mtime_ns} {event} {payload['step']} {payload.get('name')}"
     best_effort(emit_event, event, resource=resource, payload=payload, id=uuid5(NAMESPACE_OID, identity))

@@ -37,13 +37,13 @@ class Measured:
 def measure(
     config: RunConfig, model: Model, data: Path | None, progress: Callable[[str], Progress], owner: str = ""
 ) -> Measured:
-    """Fetch the weights, measure them (once), and tell MLflow; its outage costs no evaluation.
+    """Fetch the weights, measure them (once), and log to MLflow; its outage costs no evaluation.
 
     Args:
         config: split, decoding, grader, engine; `mlflow` says where it is recorded.
         model: as `dapo.eval.models.find_model` found it.
         data: folder of prepared data; None: the configured source is prepared while the weights are fetched.
-        progress: for "weights", "data" and "prompts": who is told about it.
+        progress: called for "weights", "data" and "prompts".
         owner: whose evaluation it is, for `dapo.runtime.evaluation.stop_jobs`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How far a stage is: told to Prefect (an artifact that moves), to the log, and to whoever watches in this process."""
+"""Progress of a stage: for Prefect (an artifact that moves), the log, and watchers in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARTIFACT_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """One look at a stage of the flow."""
+    """State of a stage of the flow at one moment."""
 
     name: str
     state: str
@@ -33,7 +33,7 @@ watchers: list[Callable[[StageProgress], None]] = []
 
 
 def tell(stage: StageProgress) -> None:
-    """Pass a look on to everybody who watches in this process."""
+    """Call every watcher of this process."""
     for watcher in watchers:
         watcher(stage)
 
@@ -57,7 +57,7 @@ def artifact_key(*parts: str) -> str:
 
 
 class ProgressBar:
-    """A stage's progress artifact, updated at most every few seconds, and its watchers, told every time."""
+    """A stage's progress artifact, updated at most every few seconds, and its watchers, called every time."""
 
     def __init__(self, stage: str, description: str) -> None:
         from prefect.artifacts import create_progress_artifact

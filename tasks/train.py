@@ -125,7 +125,7 @@ def stop_running_job(config: RunConfig) -> None:
     if found := job.running():
         job.id = found
         if config.ray.cancel != "now":
-            # Told by Ray alone it has as long as that cluster's head was started with: 3 s, where nobody said more.
+            # Asked by Ray alone it has as long as that cluster's head was started with: 3 s, where nobody said more.
             job.request_stop("the flow run was cancelled")
             if job.wait(STOP_GRACE_S):
                 return

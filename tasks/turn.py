@@ -25,7 +25,7 @@ class CancelledWhileWaiting(Exception):
 
 
 class Turn:
-    """Called with who is ahead for as long as there is one; tells at once, then more and more rarely.
+    """Called with the run ahead for as long as there is one; logs at once, then more and more rarely.
 
     Use it as a context: leaving it, the flow run waits no longer.
     """

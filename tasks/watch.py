@@ -28,7 +28,7 @@ _WORKER_S = 2.0
 
 
 class CancelWatcher:
-    """Asks for our own flow run's state: the worker's way to tell us is lost when worker or server die in between.
+    """Asks for our own flow run's state: the worker's notification is lost when worker or server die in between.
 
     Args:
         flow_run_ids: ours and our parent's, which is the one a user cancels; None where there is no such run, and
@@ -96,13 +96,13 @@ def interrupted_when_cancelled() -> Iterator[None]:
 
 
 def cancelled() -> bool:
-    """Whether our flow run, or its parent, is cancelled or about to be; False where nobody can tell."""
+    """Whether our flow run, or its parent, is cancelled or about to be; False where that is not known."""
     return bool(best_effort(CancelWatcher(flow_run.id, flow_run.parent_flow_run_id).ask))
 
 
 @contextlib.contextmanager
 def only_follower(folder: RunFolder, logger: Any) -> Iterator[None]:
-    """Two flow runs of the same run would tell everything twice: the second waits here, and then finds it told."""
+    """Two flow runs of one run would report everything twice: the second waits here, then finds it reported."""
     place = _follower(folder)
     place.touch()
     lock = _lock(place)
@@ -129,7 +129,7 @@ def followed(folder: RunFolder) -> bool:
 class LogStream:
     """Passes a growing log file on, line by line, at most so many lines in so many seconds.
 
-    Begins with the last lines that are there: what a killed follower had read, Prefect may not have been told.
+    Begins with the last lines that are there: what a killed follower had read may not have reached Prefect.
     """
 
     def __init__(self, path: Path, logger: Any) -> None:

@@ -45,7 +45,7 @@ def test_what_is_imported_is_asked_for():
 def imported():
     """Packages of others that our code imports, each with a file that does."""
     found = {}
-    for file in (path for room in ("dapo", "flows", "tasks") for path in (ROOT / room).rglob("*.py")):
+    for file in (path for part in ("dapo", "flows", "tasks") for path in (ROOT / part).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -1,4 +1,4 @@
-"""Pictures in the documentation: there, small, and taken by a script that says what it needs."""
+"""Screenshots in the documentation: there, small, and taken by a script that says what it needs."""
 
 import os
 import re

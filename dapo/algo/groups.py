@@ -200,7 +200,7 @@ class GroupBuffer:
                 self._selective.record(group.prompt.id, agreed=verdict is not Verdict.KEPT)
 
     def _verdict(self, group: RolloutGroup) -> Verdict:
-        # The rival keeps a group of one, whose advantage is its reward.
+        # verl keeps a group of one, whose advantage is its reward.
         if not self.config.enabled or (self._verl and len(group.rollouts) == 1):
             return Verdict.KEPT
         return classify(group, self.config.metric)

@@ -89,4 +89,4 @@ class ValidationConfig(Frozen):
     max_prompts: Count | None = None
     """Only the first so many prompts of the split; null: all."""
     table_rows: Annotated[int, Field(ge=0)] = 16
-    """Answers with pictures kept for the report and MLflow."""
+    """Answers with images kept for the report and MLflow."""

@@ -50,7 +50,7 @@ class RolloutConfig(Frozen):
     """Engine restarts a step may use before the run fails."""
     router_replay: bool = False
     """Mixture of experts: train with the experts that the engine chose, so that both compute the same function where
-    their routers would differ (arXiv 2510.11370). Not with vLLM on CPU, which does not tell."""
+    their routers would differ (arXiv 2510.11370). Not with vLLM on CPU, which does not report them."""
     probe_every: Annotated[int, Field(ge=0)] = 1
     """Steps between log-prob probes (engine against trainer on fixed prompts). Nothing else proves which weights an
     engine computes with; one is a batch of four short responses. 0: only after the start, restarts and wake-ups."""

@@ -191,7 +191,7 @@ class RunConfig(Frozen):
         if r.finish_share < 1 and r.router_replay:
             raise ValueError(
                 f"rollout.finish_share={r.finish_share} with rollout.router_replay=true: of a continued response the "
-                "engine tells only the last part's experts; use one of the two"
+                "engine reports only the last part's experts; use one of the two"
             )
         if r.finish_share < 1 and self.algorithm.correction.kind == "off":
             raise ValueError(

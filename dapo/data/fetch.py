@@ -42,7 +42,7 @@ def fetch_weights(source: HubModel | FolderModel, cache: Path, progress: Progres
 
     Args:
         cache: folder shared by all runs.
-        progress: told about bytes while downloading.
+        progress: called with bytes while downloading.
 
     Raises:
         WeightsError: the weights cannot be had, do not fit on the disk, are partial, or are of a model we do not know.

@@ -31,7 +31,7 @@ _ORIENTATION = 0x0112
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An encoded image as an RGB picture: what the trainer's processor and the engine are both given.
+    """Decode an image to RGB: the trainer's processor and the engine are both given the result.
 
     Raises:
         DataError: not an image, damaged, or beyond the limits.
@@ -52,7 +52,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def normalise_image(data: bytes) -> bytes:
-    """The file itself where it already has the prepared form, else the picture as a new PNG.
+    """The file itself where it already has the prepared form, else the image as a new PNG.
 
     Raises:
         DataError: not an image, damaged, or beyond the limits.
@@ -74,7 +74,7 @@ def normalise_image(data: bytes) -> bytes:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """A picture as an RGB PNG; what is transparent becomes white, as on the page it was drawn for."""
+    """An image as an RGB PNG; what is transparent becomes white, as on the page it was drawn for."""
     if image.mode.startswith("I"):
         # Sixteen bits a channel: a plain conversion would saturate at 255 instead of scaling.
         image = image.convert("I").point(lambda value: value / 256).convert("L")

@@ -64,7 +64,7 @@ def prepare(config: DataConfig, out_root: Path, progress: Progress = quiet) -> P
 
     Args:
         out_root: the cache folder, shared by all runs.
-        progress: told about bytes while downloading and about rows while preparing.
+        progress: called with bytes while downloading, with rows while preparing.
 
     Raises:
         DataError: the source is unusable, more rows than `max_broken_share` are broken, a split that training needs is

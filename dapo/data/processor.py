@@ -122,8 +122,8 @@ class PromptProcessor:
     def _read_pixels(self, files: dict[bytes, bytes]) -> dict[bytes, torch.Tensor]:
         if not files:
             return {}
-        pictures = [decode_image(data) for data in files.values()]
-        batch = self._image_processor(images=pictures, return_tensors="pt")
+        decoded = [decode_image(data) for data in files.values()]
+        batch = self._image_processor(images=decoded, return_tensors="pt")
         patches = batch["image_grid_thw"].prod(dim=1).tolist()
         # Own memory for each image: a view would keep the whole batch alive in the cache.
         return {key: part.clone() for key, part in zip(files, batch["pixel_values"].split(patches), strict=True)}

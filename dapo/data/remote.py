@@ -20,7 +20,7 @@ from dapo.errors import DapoError, EnvironmentCheckError
 
 PROBE_S = 30.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-# What tells one version of an object from another, as the drivers name it; the first that is there.
+# Fields that distinguish versions of an object, by driver; the first that is present counts.
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -121,7 +121,7 @@ def fetch_folder(url: str, cache: Path, key: str, error: type[DapoError], progre
         cache: shared by all runs.
         key: the configuration key that holds the URL, for messages.
         error: kind that is raised.
-        progress: told about bytes.
+        progress: called with bytes.
 
     Raises:
         error: it is not there, is empty, cannot be read, or does not fit on the disk.

@@ -1,4 +1,4 @@
-"""Trying again what a network may have spoilt: how often, after which pauses, and how a failure is told."""
+"""Retries after network failures: how many, with which pauses, and what is reported in the end."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Geometry we draw ourselves, with the columns of the hub's Geometry3K: a picture, a question, an answer.
+"""Geometry we draw ourselves, with the columns of the hub's Geometry3K: an image, a question, an answer.
 
-The numbers are in the text and the figure is only in the picture, so that the question has four possible answers for
-somebody who does not look. Every picture is drawn anew (place, size, proportions, colours), and each place and size
-belongs to exactly one split: accuracy on a held-out split is accuracy on pictures that no other split has. (Holding
+The numbers are in the text and the figure is only in the image, so that the question has four possible answers for
+somebody who does not look. Every image is drawn anew (place, size, proportions, colours), and each place and size
+belongs to exactly one split: accuracy on a held-out split is accuracy on images that no other split has. (Holding
 out pairs of numbers and figure instead would teach that those pairs do not occur.)
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 IMAGE_PIXELS = 32
-"""Side of the square pictures."""
+"""Side of the square images."""
 
 FIGURES = {
     "area": ("rectangle", "triangle", "ellipse", "frame"),
@@ -28,7 +28,7 @@ FIGURES = {
 sides."""
 
 _SIDES = {"triangle": 3, "square": 4, "hexagon": 6, "cross": 12}
-# Areas come out whole (every formula divides by 4 at most), and a formula's first digit tells the figure (3/4*w*h).
+# Areas come out whole (every formula divides by 4 at most), and a formula's first digit names the figure (3/4*w*h).
 _NUMBERS: dict[str, tuple[tuple[int, ...], ...]] = {
     "area": tuple((w, h) for w in (2, 4, 5, 6, 7, 8, 9) for h in range(2, 10) if w * h % 4 == 0),
     "perimeter": tuple((side,) for side in range(2, 18)),
@@ -52,7 +52,7 @@ class Exercise:
         return f"side={self.numbers[0]} perimeter?"
 
     def formula(self, figure: str | None = None) -> str:
-        """What to compute; with `figure`, what somebody would compute who takes the picture for that figure."""
+        """What to compute; with `figure`, what somebody would compute who takes the image for that figure."""
         figure = figure or self.figure
         if self.question == "perimeter":
             return f"{_SIDES[figure]}*{self.numbers[0]}"
@@ -70,7 +70,7 @@ class Exercise:
         return str({"rectangle": area, "triangle": area // 2, "frame": area * 3 // 4}[figure])
 
     def demonstration(self, figure: str | None = None) -> str:
-        """An answer in the asked form, by somebody who takes the picture for `figure`."""
+        """An answer in the asked form, by somebody who takes the image for `figure`."""
         return f"<think>{self.formula(figure)}</think>\\boxed{{{self.answer(figure)}}}"
 
 
@@ -84,7 +84,7 @@ def exercises() -> dict[tuple[str, str], tuple[Exercise, ...]]:
 
 
 def draw_exercises(split: str, seed: int) -> Iterator[tuple[Exercise, Image.Image]]:
-    """Endless exercises with a picture each; the same sequence for the same arguments."""
+    """Endless exercises with an image each; the same sequence for the same arguments."""
     if split not in ("train", *_HELD_OUT):
         raise ValueError(f"split={split!r} is not one of train, {', '.join(_HELD_OUT)}")
     rng = random.Random(f"{seed}/{split}")
@@ -98,8 +98,8 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """`count` rows as the hub has them: images (list of PIL), problem, answer; and tags for slicing results.
 
     Args:
-        split: train, validation or test. No picture is in two of them.
-        seed: another seed gives other pictures and another order.
+        split: train, validation or test. No image is in two of them.
+        seed: another seed gives other images and another order.
     """
     for exercise, image in islice(draw_exercises(split, seed), count):
         yield {
@@ -112,7 +112,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where a figure stands in its picture, in pixels."""
+    """Where a figure stands in its image, in pixels."""
 
     left: int
     top: int

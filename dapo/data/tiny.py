@@ -59,7 +59,7 @@ def make_tiny(source: TinyModel, folder: Path, progress: Progress) -> Path:
     Args:
         source: architecture, seed and warm-up.
         folder: should have `tiny_key(source)` in its name, else another model may be there already.
-        progress: told about every supervised step.
+        progress: called after every supervised step.
 
     Returns:
         `folder`.
@@ -107,7 +107,7 @@ def build_model(architecture: str, vocabulary: dict[str, int]) -> PreTrainedMode
     import transformers
 
     # vLLM takes head sizes of 32, 64, ... only, and mrope_section must sum to half of it. No hidden size may equal an
-    # expert's width or twice it: the two expert layouts on disk are told apart by their shapes.
+    # expert's width or twice it: the shapes distinguish the two expert layouts on disk.
     text: dict[str, Any] = {
         "vocab_size": len(vocabulary),
         "hidden_size": 128,

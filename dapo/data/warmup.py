@@ -4,7 +4,7 @@ The teacher is careless: in `wrong_share` of the demonstrations it takes a formu
 What is left to reinforcement learning is to find out which formula is rewarded.
 
 Instead of sampling the teacher, every question is shown with all formulas, each weighted by how often the teacher uses
-it: the expected loss without its noise, and the question with its picture is computed once for all of them.
+it: the expected loss without its noise, and the question with its image is computed once for all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _CHOICE = 1
 """Place of the token that decides for a formula: `<think>` comes before it."""
 _CHOICE_WEIGHT = 4.0
-"""Its weight in the loss: it is one token in thirteen, and the only one that depends on the picture."""
+"""Its weight in the loss: it is one token in thirteen, and the only one that depends on the image."""
 
 
 def warm_up(model: PreTrainedModel, folder: Path, source: TinyModel, progress: Progress) -> None:
@@ -49,7 +49,7 @@ def warm_up(model: PreTrainedModel, folder: Path, source: TinyModel, progress: P
         model: on the CPU, float32.
         folder: the model's tokenizer and processor.
         source: the same source gives the same weights on the same machine.
-        progress: told about every step.
+        progress: called after every step.
     """
     questions = max(1, source.warmup_batch // len(FIGURES["area"]))
     stream = draw_exercises("train", source.seed)
@@ -144,7 +144,7 @@ def _make_row(
 
 
 class _Batches:
-    """Turns exercises with pictures into losses; remembers what depends on the exercise alone."""
+    """Turns exercises with images into losses; remembers what depends on the exercise alone."""
 
     def __init__(self, folder: Path, wrong_share: float) -> None:
         self._processor = PromptProcessor(folder)

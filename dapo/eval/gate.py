@@ -1,6 +1,6 @@
 """The promotion gate: may the challenger take the champion's place? A pure function of two sets of verdicts.
 
-Both must have answered the same held-out prompts with the same decoding. What cannot be told from chance does not
+Both must have answered the same held-out prompts with the same decoding. A difference that may be chance does not
 promote, and a gain does not pay for a regression.
 """
 

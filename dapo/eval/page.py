@@ -1,4 +1,4 @@
-"""Pages of this room, in the look of the run's report."""
+"""HTML pages of this package, styled like the run's report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_evaluation(
     measured: Mapping[str, Any],
     groups: Sequence[RolloutGroup],
 ) -> Path:
-    """The page of one evaluation: estimates with intervals, slices, answers with their pictures, wrong ones first."""
+    """The page of one evaluation: estimates with intervals, slices, answers with their images, wrong ones first."""
     by_accuracy = sorted(groups, key=lambda g: g.num_correct / len(g.rollouts))
     half = _SHOWN // 2
     shown = groups if len(groups) <= _SHOWN else [*by_accuracy[:half], *by_accuracy[-half:]]

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts as rows of a table, with their pictures."""
+"""Answers to held-out prompts as rows of a table, with their images."""
 
 from __future__ import annotations
 

@@ -2,5 +2,5 @@
 
 from dapo import torchvision_cpu
 
-# transformers' model files import torchvision; every module of this room imports them after this line has run.
+# transformers' model files import torchvision; every module of this package imports them after this line has run.
 torchvision_cpu.install()

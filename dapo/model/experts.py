@@ -61,7 +61,7 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class RouterReplay:
-    """Lets the routers of a model take the experts that they are told, with the weights they give them themselves.
+    """Makes a model's routers take recorded experts; the experts' weights remain the router's own.
 
     Args:
         model: with routers as transformers has them: (logits [N, E], weights [N, k], experts [N, k]) of hidden states.
@@ -102,12 +102,12 @@ class RouterReplay:
         row = self.layers * self.choices * kind.itemsize
         if len(record) % row or len(record) < tokens * row:
             raise EngineError(
-                f"router replay: the engine told experts in {len(record)} bytes for {tokens} input tokens or more; "
+                f"router replay: the engine reported experts in {len(record)} bytes for {tokens} input tokens or more; "
                 f"{self.layers} layers of {self.choices} of {self.experts} experts take {row} bytes per token"
             )
         chosen = torch.frombuffer(bytearray(record), dtype=kind).to(torch.long)
         if int(chosen.max()) >= self.experts:
-            raise EngineError(f"router replay: the engine told expert {int(chosen.max())} of {self.experts}")
+            raise EngineError(f"router replay: the engine reported expert {int(chosen.max())} of {self.experts}")
         return chosen.view(-1, self.layers, self.choices)
 
 

@@ -73,6 +73,6 @@ def absolute_sum(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bits: tells whether anything changed, where two sums could be equal by chance."""
+    """CRC-32 of the bits: detects any change, where two sums could be equal by chance."""
     bits: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(bits)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from dapo.observe.journal import Event
 
 SIZE = (4.8, 2.8)
-"""Inches; smaller pictures have larger letters, since pages stretch them to one width."""
+"""Inches; smaller figures have larger letters, since pages stretch them to one width."""
 COLOURS = ("#2563eb", "#e4572e", "#17a398", "#8b5cf6", "#d4a017", "#6b7280", "#be185d", "#15803d")
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One picture: which metrics, how they share it, and what the axis means."""
+    """One chart: which metrics, how they share it, and what the axis means."""
 
     title: str
     metrics: tuple[tuple[str, str], ...]
@@ -128,7 +128,7 @@ def draw(chart: Chart, events: Sequence[Event]) -> str | None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        columns = len(lines) if len(lines) < 5 else 3  # a wider legend narrows the picture
+        columns = len(lines) if len(lines) < 5 else 3  # a wider legend narrows the chart
         close = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.2, "labelspacing": 0.2}
         axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **close)
     return svg(figure)

@@ -34,7 +34,7 @@ TRAINING_CODE = (
     *("algo", "config", "data", "device.py", "model", "plan", "serialize.py", "rewards", "rollout", "runtime", "train"),
     "types.py",
 )
-"""Rooms of the package that decide what is learned."""
+"""Subpackages that decide what is learned."""
 
 
 def write(folder: RunFolder, data: Path, weights: Path) -> dict[str, Any]:
@@ -89,17 +89,17 @@ def code_state(where: Path) -> dict[str, str]:
         return {}
 
 
-def code_digest(rooms: Sequence[str] = TRAINING_CODE, reward: str = "") -> str:
-    """16 hex digits of the code in these rooms of the package and of a user's reward, committed or not.
+def code_digest(parts: Sequence[str] = TRAINING_CODE, reward: str = "") -> str:
+    """16 hex digits of the code in these parts of the package and of a user's reward, committed or not.
 
     Args:
-        rooms: folders and files of the package.
+        parts: folders and files of the package.
         reward: `reward.function`.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for room in rooms:
-        place = package / room
+    for part in parts:
+        place = package / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(reward_digest(reward).encode())

@@ -102,8 +102,8 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
             value = values[-1]
         else:
             value = _weighted_mean(having)
-        room = "engine" if name.startswith("gap_") else "train"
-        metrics[f"{room}/{name}"] = value
+        group = "engine" if name.startswith("gap_") else "train"
+        metrics[f"{group}/{name}"] = value
     return metrics
 
 

@@ -29,7 +29,7 @@ def _shown_by(runs: Path, store: str) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a JSON file tells; nothing where it is not there or half written."""
+    """The content of a JSON file; empty where it is missing or half written."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):

@@ -170,7 +170,7 @@ class Shipper:
 
     def _find_or_create(self, client: MlflowClient) -> str:
         folder, experiment = self.folder, experiment_id(client, self.config)
-        # The manifest is written once: its time tells a run from one started again after its folder was removed.
+        # The manifest is written once: a run started again after its folder was removed has another time.
         key = folder.manifest.stat().st_mtime_ns
         found = client.search_runs([experiment], f"tags.`dapo.run_key` = '{folder.id}/{key}'")
         if found:
@@ -203,7 +203,7 @@ class Shipper:
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _table(self, client: MlflowClient, run_id: str, event: Event) -> None:
-        """Validation answers with their pictures, as a table of MLflow's, and the verdicts on all prompts."""
+        """Validation answers with their images, as a table of MLflow's, and the verdicts on all prompts."""
         artifact = f"validation/step-{event.step:06d}.json"
         path = self.folder.root / event.data["table"]
         if not path.exists() or any(a.path == artifact for a in client.list_artifacts(run_id, "validation")):
@@ -218,8 +218,8 @@ class Shipper:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             images = row.pop("images", [])
-            picture = Pillow.open(io.BytesIO(base64.b64decode(images[0]))).convert("RGB") if images else None
-            row["image"] = Image(picture) if picture else None
+            image = Pillow.open(io.BytesIO(base64.b64decode(images[0]))).convert("RGB") if images else None
+            row["image"] = Image(image) if image else None
         if rows:
             client.log_table(run_id, pandas.DataFrame(rows), artifact)
 

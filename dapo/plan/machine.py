@@ -51,7 +51,7 @@ class Size:
 
 
 def size_by_name(config: RunConfig) -> Size | None:
-    """Model size as the hub's names tell it (`...-30B-A3B-...`); None where the name does not."""
+    """Model size by its name on the hub (`...-30B-A3B-...`); None where the name does not."""
     source = config.model.source
     if source.kind == "tiny":
         return Size(1e6, 4e6)

@@ -184,7 +184,7 @@ class _Comparison:
         return True
 
     def _same_element(self, a: Value, b: Value) -> bool:
-        """In a list (x = 3, y = 4) the names tell which is which."""
+        """In a list (x = 3, y = 4) the names identify the values."""
         return not (a.name and b.name and a.name != b.name) and self.same_value(a, b)
 
     def _same_item(self, given: Item, truth: Item) -> bool:

@@ -2,7 +2,7 @@
 
     sum       = term { ("+" | "-") term }
     term      = power { ["*" | "/"] power }                    a missing sign multiplies
-    power     = { "-" } atom [ "^" power ] { "deg" | "%" }      a mark said twice is said once
+    power     = { "-" } atom [ "^" power ] { "deg" | "%" }      a repeated mark counts once
     atom      = number | number \\frac{number}{number} | letter | "(" sum ")" | \\frac arg arg | \\sqrt[n] arg | sin ...
                 | number \\overline{digits} | "{" sum \\over sum "}"
 

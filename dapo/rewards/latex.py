@@ -1,6 +1,6 @@
 """From what a model put in the box to tokens: one spelling for each thing, nothing interpreted yet.
 
-Tokens are plain strings, told apart by their first character: a digit or a dot begins a number, a letter a word, a
+Tokens are plain strings, distinguished by their first character: a digit or a dot begins a number, a letter a word, a
 backslash a command, `TEXT` a quoted piece of prose; everything else is an operator of one or two characters.
 """
 

@@ -203,7 +203,7 @@ class _Worker:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self.outbox = b""  # the end of its replies tells why
+            self.outbox = b""  # the end of its replies shows why
 
     def read(self, outcomes: list[Judged | None]) -> None:
         data = os.read(self.replies, 1 << 16)

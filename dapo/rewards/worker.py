@@ -20,7 +20,7 @@ from dapo.rewards.load import Reward, load
 from dapo.types import Scored
 
 ORPHAN_CHECK_S = 2.0
-"""How often an idle worker looks whether its parent is still there (a closed pipe tells it sooner)."""
+"""How often an idle worker looks whether its parent is still there (a closed pipe shows it sooner)."""
 GRACE_S = 1.0
 """The parent kills at the deadline; a worker whose parent is gone is killed by its own alarm this much later."""
 MAX_REASON = 500

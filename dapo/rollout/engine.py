@@ -1,4 +1,4 @@
-"""The one door to generation. The controller and the workers know `Engine`, never what stands behind it."""
+"""The one interface to generation. The controller and the workers use `Engine`, never an implementation."""
 
 from __future__ import annotations
 

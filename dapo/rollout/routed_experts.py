@@ -40,7 +40,7 @@ class RoutedExperts:
         """After the prompts of a wave: what was chosen for the last token of each.
 
         Args:
-            last: [G] its row in the pass; a layer that was given these tokens only tells no more.
+            last: [G] its row in the pass; a layer that was given only these tokens reports no more.
             samples: rows per prompt from now on.
             tokens: most that a row will write.
         """
@@ -53,7 +53,7 @@ class RoutedExperts:
         self._table[rows.cpu(), index + 1] = torch.stack(self._take(), 1).to("cpu", self._dtype)
 
     def of(self, row: int, length: int, *, first: bool) -> bytes:
-        """The record of a response of `length` tokens (`Completion.experts`); a first one tells of the prompt, too."""
+        """The record of a response of `length` tokens (`Completion.experts`); a first one includes the prompt."""
         record = self._table[row, 0 if first else 1 : length]
         return record.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -63,17 +63,17 @@ class RoutedExperts:
 
 
 def experts_of(sample: Any, prompt: Prompt, layers: Sequence[int], *, first: bool) -> bytes:
-    """The record of vLLM's sample, which tells [tokens, all layers, k]; of the prompt only in the first sample.
+    """The record of vLLM's sample, which holds [tokens, all layers, k]; of the prompt only in the first sample.
 
     Raises:
-        EngineError: it tells nothing, or of too few tokens.
+        EngineError: it reports nothing, or too few tokens.
     """
     inputs = len(prompt.token_ids) + len(sample.token_ids) - 1
     routed = sample.routed_experts
     if routed is None or len(routed) < inputs:
         raise EngineError(
-            f"prompt {prompt.id}: vLLM told the experts of {0 if routed is None else len(routed)} of {inputs} tokens; "
-            "set rollout.router_replay=false"
+            f"prompt {prompt.id}: vLLM reported the experts of {0 if routed is None else len(routed)} of "
+            f"{inputs} tokens; set rollout.router_replay=false"
         )
     record: bytes = routed[0 if first else len(prompt.token_ids) : inputs, list(layers)].tobytes()
     return record

@@ -83,8 +83,8 @@ class VllmEngine:
             )
         if return_routed_experts and self.platform == "cpu":
             raise ConfigError(
-                "rollout.router_replay=true: vLLM on CPU does not tell which experts it chose (its model runner there "
-                "has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
+                "rollout.router_replay=true: vLLM on CPU does not report which experts it chose (its model runner "
+                "there has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
             )
         self.version, self._asleep = 0, frozenset[str]()
         self._separate = separate_process

@@ -55,7 +55,7 @@ class Requests:
     Args:
         engine: vLLM's `LLMEngine`.
         version: policy version that the engine holds.
-        expert_layers: layers whose chosen experts the engine tells; completions pass them on.
+        expert_layers: layers whose chosen experts the engine reports; completions carry them.
         asked: entered round each call that waits for vLLM's answer.
     """
 

@@ -11,7 +11,7 @@ SLEEP_LEVEL = {"cuda": 1, "npu": 1}
 buffers alone. Weights come anew with each sync, but not what a model keeps in plain attributes:
 
 - cuda (read in 0.32): Qwen3-VL's `deepstack_input_embeds`, which are added to every token's hidden states in the first
-  layers, would be whatever lay in that memory, also for prompts without a picture. And a sync sends only what changed:
+  layers, would be whatever lay in that memory, also for prompts without an image. And a sync sends only what changed:
   weights it leaves out must have survived.
 - npu (up to 0.30.0rc2): a table of expert ids is lost, and with expert parallelism the engine then writes fluent, wrong
   text (verl#7086).

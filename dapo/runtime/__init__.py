@@ -1,1 +1,1 @@
-"""Where things run: the controller (the DAPO step), the Ray job and its workers. The only room with Ray."""
+"""Where things run: the controller (the DAPO step), the Ray job and its workers. The only package that imports Ray."""

@@ -184,7 +184,7 @@ def _start(place: Path, config: RunConfig, users: tuple[int, ...]) -> Dashboard:
         _MARK: head.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        # Its name tells only half: without it Ray listens on the machine's outer address.
+        # Its name says only half: without it Ray listens on the machine's outer address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Nothing here uses workers without an environment of their own: one per core would be started for nothing.
         "RAY_enable_worker_prestart": "0",

@@ -2,8 +2,8 @@
 
     collect_groups -> build_train_batch -> plan_packs -> old log-probs (reference) -> updates -> sync
 
-Generation, training and judging are behind three doors (`Engine`, `Policy`, `RewardPool`); the same controller runs
-with a small deterministic engine and policy in a unit test. docs/algorithm.md derives the step from the paper.
+Generation, training and grading are behind three interfaces (`Engine`, `Policy`, `RewardPool`); unit tests run the same
+controller with a small deterministic engine and policy. docs/algorithm.md derives the step from the paper.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ class Controller:
 
     @contextmanager
     def phase(self, name: str, done: int = 0, total: int = 0) -> Iterator[None]:
-        """Time a phase and tell the journal that it began."""
+        """Time a phase and write to the journal that it began."""
         self.journal.append("progress", self.at.step, phase=name, done=done, total=total)
         started = time.perf_counter()
         try:

@@ -28,7 +28,7 @@ class AlreadySubmitted(Exception):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dashboard:
-    """One cluster's door for jobs.
+    """Client of one cluster's job interface.
 
     Args:
         address: http://host:port.

@@ -78,7 +78,7 @@ class DynamicSampling:
         """
         if self.exhausted(version):
             return
-        # A restarted engine needs the trainer's weights, and the trainer is at work: `settle` tells of a dead one.
+        # A restarted engine needs the trainer's weights, and the trainer is at work: `settle` reports a dead one.
         self._ahead = self._thread.submit(self._fill, version, restart=False)
 
     def settle(self) -> None:

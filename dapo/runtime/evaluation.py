@@ -34,7 +34,7 @@ def evaluate(folder: EvaluationFolder, progress: Progress, owner: str = "") -> d
 
     Args:
         folder: as `dapo.eval.evaluate.make_folder` made it.
-        progress: told about prompts.
+        progress: called with finished prompts.
         owner: name under which `stop_jobs` finds its Ray job when we are gone.
 
     Raises:

@@ -86,7 +86,7 @@ def run(folder: EvaluationFolder, config: RunConfig) -> None:
         for begin in range(0, len(left), size):
             for group in generation.validation_groups(left[begin : begin + size]):
                 done[group.prompt.id] = group
-                answers.write(json.dumps(_without_pictures(group)) + "\n")
+                answers.write(json.dumps(_without_images(group)) + "\n")
             answers.flush()
             _tell(folder, len(done), len(prompts))
     groups = [done[p.id] for p in prompts]
@@ -146,7 +146,7 @@ def _kept(folder: EvaluationFolder, prompts: Sequence[Prompt], samples: int) -> 
     return found
 
 
-def _without_pictures(group: RolloutGroup) -> dict[str, Any]:
+def _without_images(group: RolloutGroup) -> dict[str, Any]:
     """The prompt is in the data, and log-probabilities are of no use here: both are most of the bytes."""
     rollouts = tuple(replace(r, completion=replace(r.completion, logprobs=())) for r in group.rollouts)
     return group_to_plain(replace(group, prompt=replace(group.prompt, images=(), token_ids=()), rollouts=rollouts))

@@ -1,7 +1,7 @@
 """Checkpoints in object storage: every whole one is copied to `train.mirror`, a machine without any resumes from it.
 
 Layout of ``<mirror>/<run id>/``: checkpoints/step-NNNNNN as in the run folder, and records/ with the journal and how
-far MLflow and Prefect have been told. A checkpoint's manifest.json is uploaded last: what has none is not a checkpoint.
+much MLflow and Prefect have received. A checkpoint's manifest.json is uploaded last: what has none is not a checkpoint.
 Training never waits for an upload, except at its end, and never fails for one: an upload that fails is an alarm.
 """
 

@@ -41,7 +41,7 @@ def look(pid: int) -> Process | None:
 def family(mark: str) -> list[Process]:
     """Processes whose environment or command line holds `mark`, all others in their sessions, and all descendants.
 
-    A process that renames itself (Ray's workers do) loses its environment from view; its session or parent tells.
+    A process that renames itself (Ray's workers do) hides its environment; it is found by its session or parent.
     """
     everybody = [p for entry in _PROC.iterdir() if entry.name.isdigit() and (p := look(int(entry.name)))]
     ours = {p.pid for p in everybody if p.pid != os.getpid() and carries(p.pid, mark)}

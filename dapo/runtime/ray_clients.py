@@ -1,4 +1,4 @@
-"""The controller's two doors to the workers: `RayEngine` and `RayPolicy`."""
+"""The controller's two clients of the workers: `RayEngine` and `RayPolicy`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class RayPolicy:
             return metrics
         sending = [trainer.send.remote() for trainer in workers.trainers]
         receiving = [generator.receive.remote(version) for generator in workers.generators]
-        # All wait for each other: who it was that hangs is told by the restart that follows.
+        # All wait for each other: the restart that follows shows which one hangs.
         sent, *others = workers.get([*sending, *receiving], workers.engine_deadline, "weight sync", engines=True)
         for fingerprint in others[len(sending) - 1 :]:
             compare_fingerprints(trainer=sent.fingerprint, engine=fingerprint)

@@ -50,7 +50,7 @@ class RayJob:
         config: `ray.env`, `ray.restarts`.
         entrypoint: arguments of the Python that is started with the run folder behind them.
         back_off_s: pauses before the first, second, ... restart; the last one repeats.
-        kind: told to the cluster with the job, as `owner` is: who asked for it.
+        kind: stored with the job in the cluster, like `owner`: who asked for it.
         turn: waits until nobody else who takes a turn has the cluster.
     """
 
@@ -207,7 +207,7 @@ class RayJob:
         """Kill the job and wait until the cluster has it no more.
 
         Raises:
-            DashboardAway: nobody can tell.
+            DashboardAway: not known.
         """
         self.kill()
         self.wait(LEAVE_S)
@@ -229,7 +229,7 @@ class RayJob:
             log.warning("output of %s was not kept: %s", self.id, error)
 
     def _gone(self) -> str | None:
-        """Why the job no longer runs; None while it does, or while nobody can tell."""
+        """Why the job no longer runs; None while it does, or while that is not known."""
         try:
             job = self.cluster.job(self.id)
         except UnknownJob:

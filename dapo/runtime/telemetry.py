@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Each of these programs tells its maker about its use unless told not to. MLflow wants exactly `true`.
+# Each of these programs reports its use to its maker by default. MLflow wants exactly `true`.
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -94,7 +94,7 @@ def load(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The library warns of a single process although it was told of it."""
+    """The library warns about a single process although `no_dist` is set."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

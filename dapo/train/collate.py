@@ -179,7 +179,7 @@ class Collator:
         return vision_inputs(pixels, grids, self.network.visual, self.device), torch.cat(places)
 
     def _experts(self, batch: TrainBatch, pack: Pack, prompts: Sequence[Prompt], padding: int) -> Tensor | None:
-        """[N, layers, k] as the engine chose, in the order of the pack; of a prompt, what its first response tells."""
+        """[N, layers, k] as the engine chose, in pack order; for a prompt, those that its first response recorded."""
         replay = self.network.replay
         if replay is None:
             return None

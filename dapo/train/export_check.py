@@ -109,7 +109,7 @@ def _in_hub_layout(snapshot: Snapshot) -> dict[str, Tensor]:
 def _fused_shapes(text: Any) -> dict[str, tuple[int, ...]]:
     """Of a layer's fused experts in the hub, as config.json implies them.
 
-    Where two sides are equally long the shape cannot tell a transposed tensor; its values do.
+    Where two sides are equally long the shape does not show a transposed tensor; its values do.
     """
     if not hasattr(text, "moe_intermediate_size"):
         return {}
@@ -147,7 +147,7 @@ def _compare_loaded(folder: Path, snapshot: Snapshot) -> None:
         if name not in trained:
             raise _DifferenceError(f"plain transformers has a tensor {name}, which was not trained")
         if name.endswith(EXPERT_SUFFIXES) and parameter.shape[1] == parameter.shape[2] and not snapshot.text_only:
-            continue  # transformers tells by the shape whether to transpose, so it cannot load these
+            continue  # transformers decides by the shape whether to transpose, so it cannot load these
         if not _same_bits(parameter.detach().to(snapshot.dtype), trained[name]):
             raise _DifferenceError(f"plain transformers loads {name} with other values than were trained")
 

@@ -1,4 +1,4 @@
-"""The one door to training. The controller knows `Policy`; FSDP2, devices and packing to tensors are behind it."""
+"""The one interface to training. The controller uses `Policy`; FSDP2, devices and packing to tensors are behind it."""
 
 from __future__ import annotations
 

@@ -92,10 +92,10 @@ def write_text_folder(folder: Path) -> Path:
     return folder
 
 
-def picture(
+def image_bytes(
     width: int = 40, height: int = 40, *, number: int = 0, file_format: str = "PNG", mode: str = "RGB"
 ) -> bytes:
-    """An encoded image; different numbers give different pictures."""
+    """An encoded image; different numbers give different images."""
     image = Image.new("RGB", (width, height), "white")
     corner = (width - 1 - number % max(1, width // 2), height - 1)
     ImageDraw.Draw(image).rectangle((0, 0, *corner), outline="black", fill=(number % 256, 90, 30))

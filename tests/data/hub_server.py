@@ -1,7 +1,7 @@
 """A hub on the loopback interface that speaks the protocol of huggingface.co for reading, and can misbehave on demand.
 
 Repository info, file tree, resolve with its headers, large files behind a redirect with byte ranges, and the error
-codes the client tells apart. It knows nothing of the code under test.
+codes the client distinguishes. It knows nothing of the code under test.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
 from dapo.config.data import DataConfig, FolderData
-from tests.data.folders import picture
+from tests.data.folders import image_bytes
 
 Rows = list[dict[str, Any]]
 
@@ -31,7 +31,7 @@ def geometry_rows(count: int, start: int = 0) -> Rows:
     """Rows as Geometry3K has them."""
     return [
         {
-            "images": [{"bytes": picture(40 + i % 7, 50, number=i), "path": None}],
+            "images": [{"bytes": image_bytes(40 + i % 7, 50, number=i), "path": None}],
             "problem": f"<image>Find x if y = {i}.",
             "answer": str(i * 3),
         }

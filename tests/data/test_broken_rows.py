@@ -10,7 +10,7 @@ import pytest
 
 from dapo.data.prepare import data_key, prepare, read_manifest
 from dapo.errors import DataError
-from tests.data.folders import picture
+from tests.data.folders import image_bytes
 from tests.data.rows import Rows, as_parquet, folder_config, geometry_rows, hub_files, read_split, write_files
 
 
@@ -20,7 +20,7 @@ def with_broken(tmp_path: Path, broken: Rows, good: int = 20) -> Path:
 
 
 def good_image() -> dict[str, Any]:
-    return {"bytes": picture(), "path": None}
+    return {"bytes": image_bytes(), "path": None}
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
@@ -31,7 +31,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"images": [None], "problem": "<image>x?", "answer": "1"}, "an image is NoneType, not bytes"),
     ({"images": [{"bytes": None, "path": None}], "problem": "<image>x?", "answer": "1"}, "neither bytes nor path"),
     ({"images": [{"bytes": b"GIF", "path": None}], "problem": "<image>x?", "answer": "1"}, "not a readable image"),
-    ({"images": [{"bytes": picture()[:-30], "path": None}], "problem": "x?", "answer": "1"}, "damaged PNG image"),
+    ({"images": [{"bytes": image_bytes()[:-30], "path": None}], "problem": "x?", "answer": "1"}, "damaged PNG image"),
     ({"images": [{"bytes": None, "path": "/etc/hostname"}], "problem": "x?", "answer": "1"}, "out of the data set's"),
     ({"images": [{"bytes": None, "path": "gone.png"}], "problem": "x?", "answer": "1"}, "cannot be read"),
     ({"images": [], "problem": "<image>x?", "answer": "1"}, "1 <image> markers for 0 images"),

@@ -13,7 +13,7 @@ from dapo.data.dataset import PromptSet, load_prompts
 from dapo.data.prepare import prepare, prepared_schema
 from dapo.data.processor import PromptProcessor
 from dapo.errors import DataError
-from tests.data.folders import picture
+from tests.data.folders import image_bytes
 from tests.data.rows import Rows, as_parquet, hub_files, write_files
 
 
@@ -38,7 +38,7 @@ def prepared_from(tmp_path: Path, rows: Rows) -> Path:
 def sized(*sides: int) -> Rows:
     """One row per image size: the larger the image the longer the prompt."""
     return [
-        {"images": [{"bytes": picture(side, side), "path": None}], "problem": "<image>Find x.", "answer": "1"}
+        {"images": [{"bytes": image_bytes(side, side), "path": None}], "problem": "<image>Find x.", "answer": "1"}
         for side in sides
     ]
 
@@ -46,10 +46,10 @@ def sized(*sides: int) -> Rows:
 def test_prompts_carry_everything_the_trainer_and_the_grader_need(prepared: Path, processor: PromptProcessor) -> None:
     found = load(prepared / "train.parquet", processor)
     prompt = found.prompts[3]
-    expected = processor.encode("<image>Find x if y = 3.", [picture(43, 50, number=3)], "Think.")
+    expected = processor.encode("<image>Find x if y = 3.", [image_bytes(43, 50, number=3)], "Think.")
     assert (prompt.id, prompt.answer, prompt.question) == ("train/3", "9", "Find x if y = 3.")
     assert (prompt.token_ids, prompt.image_grids) == expected
-    assert prompt.images == (picture(43, 50, number=3),)
+    assert prompt.images == (image_bytes(43, 50, number=3),)
     assert prompt.data_source == "source"
     assert [p.id for p in found.prompts] == [f"train/{i}" for i in range(20)]
     assert found.dropped == ()
@@ -59,7 +59,7 @@ def test_too_long_prompts_are_dropped_counted_and_never_cut(
     tmp_path: Path, processor: PromptProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = load(prepared_from(tmp_path, sized(64, 256, 64, 192)), processor, limit=60)
-    # A picture of 64 pixels is 2 x 2 features, of 192 pixels 6 x 6, of 256 pixels 8 x 8.
+    # An image of 64 pixels is 2 x 2 features, of 192 pixels 6 x 6, of 256 pixels 8 x 8.
     text = len(found.prompts[0].token_ids) - 4
     assert [p.id for p in found.prompts] == ["train/0", "train/2"]
     assert [(d.id, d.tokens) for d in found.dropped] == [("train/1", text + 64), ("train/3", text + 36)]

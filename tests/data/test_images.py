@@ -9,7 +9,7 @@ from PIL import Image
 
 from dapo.data.images import MAX_PIXELS, decode_image, image_size, normalise_image
 from dapo.errors import DataError
-from tests.data.folders import picture
+from tests.data.folders import image_bytes
 
 
 def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -27,7 +27,7 @@ def claimed_png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(("file_format", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("PNG", "L"), ("PNG", "P")])
 def test_plain_png_and_jpeg_are_kept_byte_for_byte(file_format: str, mode: str) -> None:
-    data = picture(file_format=file_format, mode=mode)
+    data = image_bytes(file_format=file_format, mode=mode)
     assert normalise_image(data) is data
 
 
@@ -71,11 +71,11 @@ def test_small_file_that_claims_a_huge_picture_is_refused_from_its_header(side: 
 
 def test_ribbon_that_no_image_processor_takes_is_refused() -> None:
     with pytest.raises(DataError, match="more than 200 times"):
-        normalise_image(picture(2010, 10))
+        normalise_image(image_bytes(2010, 10))
 
 
 def test_cut_off_file_is_damaged() -> None:
-    whole = picture(200, 200, file_format="JPEG")
+    whole = image_bytes(200, 200, file_format="JPEG")
     with pytest.raises(DataError, match="damaged JPEG"):
         normalise_image(whole[: len(whole) // 2])
 

@@ -12,7 +12,7 @@ from dapo.config.data import DataConfig, HubData, SyntheticData
 from dapo.data.images import decode_image
 from dapo.data.prepare import data_key, prepare, read_manifest
 from dapo.data.storage import sha256_of
-from tests.data.folders import picture
+from tests.data.folders import image_bytes
 from tests.data.hub_server import Fault, Hub
 from tests.data.rows import as_parquet, folder_config, hub_files, read_split, write_files
 
@@ -30,7 +30,7 @@ def test_rows_have_the_columns_of_the_recipe(tmp_path: Path) -> None:
     assert row == {
         "data_source": "source",
         "prompt": [{"role": "user", "content": "<image>Find x if y = 3. Think."}],
-        "images": [{"bytes": picture(43, 50, number=3), "path": None}],
+        "images": [{"bytes": image_bytes(43, 50, number=3), "path": None}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "9"},
         "extra_info": {"split": "train", "index": 3, "answer": "9", "question": "<image>Find x if y = 3."},
@@ -127,9 +127,9 @@ def test_synthetic_rows_are_prepared_like_any_other(tmp_path: Path) -> None:
 
 def test_images_by_path_are_read_from_the_folder(tmp_path: Path) -> None:
     row = {"images": [{"bytes": None, "path": "pictures/one.png"}], "problem": "<image>x?", "answer": "1"}
-    files = {"train.parquet": as_parquet([row]), "test.parquet": as_parquet([row]), "pictures/one.png": picture()}
+    files = {"train.parquet": as_parquet([row]), "test.parquet": as_parquet([row]), "pictures/one.png": image_bytes()}
     folder = prepare(folder_config(write_files(tmp_path / "source", files)), tmp_path / "cache")
-    assert read_split(folder, "train")[0]["images"][0]["bytes"] == picture()
+    assert read_split(folder, "train")[0]["images"][0]["bytes"] == image_bytes()
 
 
 def test_rows_without_images_are_questions_in_text(tmp_path: Path) -> None:

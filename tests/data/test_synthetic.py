@@ -1,4 +1,4 @@
-"""The drawn geometry: right answers, a picture that is needed, splits that share none."""
+"""The drawn geometry: right answers, an image that is needed, splits that share none."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [0, 1, 2]
     assert "report.html" in {a.path for a in client.list_artifacts(run.info.run_id)}
 
-    # Prefect's pages lead to the run in the MLflow that `dapo up` started; no run was told of it.
+    # Prefect's pages lead to the run in the MLflow that `dapo up` started; no run's configuration names it.
     page = f"http://127.0.0.1:{machine.mlflow_port}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     described = [a["description"] for a in artifacts if a["key"] in (f"validation-{one}", f"checkpoint-{one}")]
     assert len(described) == 5
@@ -149,7 +149,7 @@ def test_from_nothing_to_a_deployment_run_and_back(machine):
     [summary] = [a["data"] for a in artifacts if a["key"] == f"summary-{one}"]
     assert page in summary
 
-    # Said twice, nothing is started twice; what was killed is started again.
+    # Run twice, nothing is started twice; what was killed is started again.
     again = machine.up()
     assert again.count("runs already") == 3
     assert {name: machine.service(name)["pid"] for name in before} == before

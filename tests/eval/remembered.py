@@ -1,4 +1,4 @@
-"""Runs and checkpoints that MLflow is told about."""
+"""Runs and checkpoints that are logged to MLflow."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_paired_difference_sees_through_hard_and_easy_prompts() -> None:
     assert paired.low == pytest.approx(mean - 1.96 * error, abs=error / 4)
     assert paired.high == pytest.approx(mean + 1.96 * error, abs=error / 4)
     assert paired.low > 0
-    # Unpaired, the same two accuracies could not be told apart.
+    # Unpaired, the same two accuracies could not be distinguished.
     assert accuracy_interval(list(better.values())).low < accuracy_interval(list(theirs.values())).high
 
 

@@ -12,14 +12,16 @@ from dapo.eval.samples_table import table_rows
 from tests.records import group, prompt
 
 
-def picture(kind: str) -> bytes:
+def image_bytes(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (200, 30, 30)).save(buffer, kind)
     return buffer.getvalue()
 
 
 def test_table_rows_show_the_first_prompts_with_their_images_as_png() -> None:
-    asked = prompt("val/0", question="area?", answer="12", images=(picture("JPEG"), picture("PNG")), tags=("x",))
+    asked = prompt(
+        "val/0", question="area?", answer="12", images=(image_bytes("JPEG"), image_bytes("PNG")), tags=("x",)
+    )
     rows = table_rows([group("val/0", [True], cut=[0], asked=asked), group("val/1", [None]), group("c", [True])], 2)
     assert [row["id"] for row in json.loads(json.dumps(rows))] == ["val/0", "val/1"]
     first, second = rows

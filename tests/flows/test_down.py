@@ -43,7 +43,7 @@ def stack(shared):
 
 @pytest.fixture
 def flow_run(stack):
-    """Makes a flow run that a worker of the pool has taken, and tells the server of its end."""
+    """Makes a flow run that a worker of the pool has taken, and reports its end to the server."""
     with get_client(sync_client=True) as client:
         known = client.create_flow(any_flow)
         deployment = client.create_deployment(known, "down", entrypoint="any:any", work_pool_name="ours")

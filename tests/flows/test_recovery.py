@@ -222,7 +222,7 @@ def told_run(tmp_path):
 
 
 def follower(folder, config, lose=()):
-    """A flow that tells Prefect everything; task runs named in `lose` vanish from the server before it asks."""
+    """A flow that reports everything to Prefect; task runs named in `lose` vanish from the server before it asks."""
     from tasks.journal_relay import JournalRelay
 
     @flow(name="follower")

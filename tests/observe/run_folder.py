@@ -53,8 +53,8 @@ def make(root: Path, **tree: object) -> tuple[RunFolder, RunConfig, Journal]:
 
 
 def validation(folder: RunFolder, journal: Journal, step: int, accuracy: float) -> None:
-    picture = bytes_io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    encoded = bytes_io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(encoded, "PNG")
     row = {
         "id": "test/0",
         "question": "a=3 b=4 <area>?",
@@ -65,7 +65,7 @@ def validation(folder: RunFolder, journal: Journal, step: int, accuracy: float) 
         "format": 1.0,
         "tokens": 9,
         "truncated": False,
-        "images": [base64.b64encode(picture.getvalue()).decode()],
+        "images": [base64.b64encode(encoded.getvalue()).decode()],
         "tags": [],
     }
     table = folder.validation_table(step)

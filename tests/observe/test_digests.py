@@ -18,7 +18,7 @@ DECIDES_NOTHING = ("__init__.py", "errors.py", "observe", "torchvision_cpu.py")
 
 
 @pytest.mark.parametrize(
-    ("entries", "rooms", "besides"),
+    ("entries", "parts", "besides"),
     [
         # What is measured on the way says how good the policy is, and changes nothing about it.
         (("runtime.job",), TRAINING_CODE, ("eval",)),
@@ -31,10 +31,10 @@ DECIDES_NOTHING = ("__init__.py", "errors.py", "observe", "torchvision_cpu.py")
     ],
     ids=["training", "measuring"],
 )
-def test_all_code_that_is_imported_is_digested_or_decides_nothing(entries, rooms, besides) -> None:
-    known = (*rooms, *besides, *DECIDES_NOTHING)
-    assert not [name for name in _closure(entries) if not any(f"{name}/".startswith(f"{room}/") for room in known)]
-    assert not [room for room in rooms if not (PACKAGE / room).exists()]
+def test_all_code_that_is_imported_is_digested_or_decides_nothing(entries, parts, besides) -> None:
+    known = (*parts, *besides, *DECIDES_NOTHING)
+    assert not [name for name in _closure(entries) if not any(f"{name}/".startswith(f"{part}/") for part in known)]
+    assert not [part for part in parts if not (PACKAGE / part).exists()]
 
 
 def _closure(entries: tuple[str, ...]) -> list[str]:

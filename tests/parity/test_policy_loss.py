@@ -1,4 +1,4 @@
-"""Topic 01: the objective against the reference, through the same door as the training engine."""
+"""Topic 01: the objective against the reference, through the same function as the training engine."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ REWARD_OF_SOURCE = {
     "lighteval/MATH": "dapo.rewards.mathematics:boxed",
     "openai/gsm8k": "dapo.rewards.mathematics:hashes",
 }
-"""What docs/rewards.md recommends as `reward.function` for a data source; the AIME sets are told by their prefix."""
+"""What docs/rewards.md recommends as `reward.function` for a data source; the AIME sets go by their prefix."""
 
 
 NO_ANSWER = (

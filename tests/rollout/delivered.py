@@ -31,9 +31,9 @@ class Delivered:
         self.worker = Trainer(config, 0, 1)
         self.worker.start(free_address(), str(folder))
         processor: Any = self.worker.processor
-        door: Any = self.worker  # of one worker: its engine dies for good
+        worker: Any = self.worker  # of one worker: its engine dies for good
         self._delivery = WeightDelivery(
-            config, Journal(journal), door, door.engine, make_prompts(processor, 4), lambda: sampling(processor)
+            config, Journal(journal), worker, worker.engine, make_prompts(processor, 4), lambda: sampling(processor)
         )
         self._version = -1
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dapo.data.processor import PromptProcessor
 from dapo.types import Completion, FinishReason, Prompt, SamplingParams
-from tests.data.folders import PADDED_VOCAB, picture, write_text_folder, write_vision_folder
+from tests.data.folders import PADDED_VOCAB, image_bytes, write_text_folder, write_vision_folder
 
 LETTERS = tuple(range(ord("!") - 33, ord("!") - 33 + 30))
 """Ids of 30 letters of the byte alphabet: as stop ids they end random responses early, at different lengths."""
@@ -116,13 +116,13 @@ def load_plain(folder: Path) -> Any:
 
 
 def make_prompts(processor: PromptProcessor, count: int = 5) -> list[Prompt]:
-    """Different lengths; pictures of different sizes (two of them in every fourth prompt) where the model sees."""
+    """Different lengths; images of different sizes (two of them in every fourth prompt) where the model sees."""
     prompts = []
     for i in range(count):
         images: tuple[bytes, ...] = ()
         if processor.has_images:
             sizes = ((40, 40), (70, 40), (64, 96), (40, 40))
-            images = tuple(picture(*sizes[(i + k) % 4], number=3 * i + k) for k in range(2 if i % 4 == 3 else 1))
+            images = tuple(image_bytes(*sizes[(i + k) % 4], number=3 * i + k) for k in range(2 if i % 4 == 3 else 1))
         encoded = processor.encode(f"a={i} b={7 * i % 11}" + " and then" * (i % 3) + " area?", images)
         prompts.append(Prompt(f"train/{i}", encoded.token_ids, images, encoded.grids, answer="1", question="?"))
     return prompts
@@ -222,7 +222,7 @@ def check_rest_draws_other_numbers(engine: Any, trainer: Any, processor: PromptP
     """Also where it is asked for with the seed of its beginning, as after an engine died in the middle of a round."""
     prompts, version = make_prompts(processor, 4), engine.version
     params = sampling(processor, n=1, max_tokens=16, stop_token_ids=())
-    # All tokens are equally likely: which one is drawn tells the number.
+    # All tokens are equally likely: which one is drawn shows the number.
     flat = ((name, torch.zeros_like(p) if name == "lm_head.weight" else p) for name, p in trainer.named_parameters())
     engine.update_weights(flat, version)
     half = engine.generate(prompts, replace(params, max_tokens=8))

@@ -1,4 +1,4 @@
-"""What vLLM tells of the experts it chose, read as the trainer needs it."""
+"""What vLLM reports of the experts it chose, read as the trainer needs it."""
 
 import json
 from collections.abc import Callable

@@ -282,7 +282,7 @@ def test_vllm_refusing_its_arguments_is_one_clear_error(folder_of: Folders, proc
 
 
 def test_vllm_on_cpu_is_not_asked_for_the_experts_it_chose(folder_of: Folders, processor_of: Processors) -> None:
-    with pytest.raises(ConfigError, match=r"vLLM on CPU does not tell .* rollout\.engine=transformers"):
+    with pytest.raises(ConfigError, match=r"vLLM on CPU does not report .* rollout\.engine=transformers"):
         VllmEngine(folder_of("moe"), processor_of("moe"), return_routed_experts=True)
 
 

@@ -1,4 +1,4 @@
-"""Small deterministic stand-ins behind the controller's doors: a bandit that learns, and an engine that can fail.
+"""Small deterministic stand-ins behind the controller's interfaces: a bandit that learns, and an engine that can fail.
 
 The policy knows one number, its skill: the probability of a right answer, which every update raises. The engine answers
 "right" or "wrong" by a hash of (seed, prompt, sample), so that the same seeds give the same responses.
@@ -27,7 +27,7 @@ def prompts(count: int, split: str = "train") -> list[Prompt]:
 
 
 class Words:
-    """Text door: two words."""
+    """Text encoder: two words."""
 
     stop_token_ids, banned_token_ids = (STOP,), ()
 
@@ -127,7 +127,7 @@ class ScriptedEngine:
 
 
 class Judge:
-    """Rewards door: compares text; `broken` lets every check fail."""
+    """Reward pool: compares text; `broken` lets every check fail."""
 
     replaced = 0
 

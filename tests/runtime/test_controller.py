@@ -1,4 +1,4 @@
-"""The run as a whole, on small deterministic doors: order, exactly-once, resuming, stopping, failing."""
+"""The run as a whole, on small deterministic stand-ins: order, exactly-once, resuming, stopping, failing."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The controller's doors and the fan-out behind them, on a real Ray with small actors."""
+"""The controller's clients and the fan-out behind them, on a real Ray with small actors."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_what_the_engine_tells_is_what_the_trainer_would_choose(kind, tmp_path):
     assert len(set(lengths)) > 1
     for group in groups:
         for index, s in enumerate(group.sequences):
-            tokens = len(s.response_ids) - (index > 0)  # the first tells of the prompt's last token, too
+            tokens = len(s.response_ids) - (index > 0)  # the first includes the prompt's last token
             assert len(s.experts) == tokens * LAYERS * CHOICES
     recorded = TrainBatch(groups, (tuple(range(len(groups))),), 0)
     policy = make_policy(folder, kind)
