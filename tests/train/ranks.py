@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 
 from dapo import torchvision_cpu
+from dapo.model import attention_short, attention_split
 from dapo.plan.packing import plan_packs
 from tests.model.tiny import TinyProcessor, exact_float64, make_batch, make_folder
 
@@ -31,6 +33,8 @@ class Case:
     """Folder below the run's folder for the state after the step."""
     load: str = ""
     """State to begin from."""
+    split_attention: bool = False
+    """Ragged kernels for the shortest context, too, as accelerators have them."""
     export: str = ""
     tokens_per_pack: int = 64
     share_prefix: bool = True
@@ -55,10 +59,19 @@ class Case:
 def run_case(case: Case, folder: Path, root: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """One step on this rank; what every rank can say about it afterwards."""
     from dapo.train import parallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "MIN_GROUP_BYTES", case.min_group_bytes)
+        if case.split_attention:
+            patch.setattr(attention_split, "MAX_CONTEXT", 0)
+            patch.delattr(attention_short, "attend")  # an error where it is still called
+        return _run_case(case, folder, root, rank, world)
+
+
+def _run_case(case: Case, folder: Path, root: Path, rank: int, world: int) -> dict[str, Any]:
     from dapo.train.fsdp_policy import FsdpPolicy
     from tests.train.reference import run_config
 
-    parallel.MIN_GROUP_BYTES = case.min_group_bytes
     config = run_config(case.tree, world_size=world, **case.parallel)
     policy = FsdpPolicy(config, folder, TinyProcessor(case.kind, case.dtype), rank, world, master_dtype=case.dtype)
     if case.load:

@@ -36,8 +36,14 @@ def _merged(base: dict, over: dict) -> dict:
     return base | {k: _merged(base[k], v) if isinstance(v, dict) and k in base else v for k, v in over.items()}
 
 
-def reference_run(folder: Path, kind: str, batch: TrainBatch, config: RunConfig) -> tuple[list, dict[str, Tensor]]:
-    """(loss, gradient norm) of each update and the weights after the last, in float64."""
+def reference_run(
+    folder: Path, kind: str, batch: TrainBatch, config: RunConfig, steps: int = 1
+) -> tuple[list, dict[str, Tensor]]:
+    """(loss, gradient norm) of each update of the last step and the weights after it, in float64.
+
+    Args:
+        steps: how often the batch is trained on.
+    """
     model = plain_model(folder, kind, torch.float64)
     processor = TinyProcessor(kind, torch.float64)
     optimizer_config = config.model.optimizer
@@ -64,8 +70,8 @@ def reference_run(folder: Path, kind: str, batch: TrainBatch, config: RunConfig)
             ]
         )
 
-    results = []
-    with exact_float64():
+    def step() -> list:
+        results = []
         with torch.no_grad():
             old = [logprobs(update) for update in batch.updates]
         for update, before in zip(batch.updates, old, strict=True):
@@ -94,4 +100,8 @@ def reference_run(folder: Path, kind: str, batch: TrainBatch, config: RunConfig)
             optimizer.step()
             optimizer.zero_grad()
             results.append((float(loss.detach()), float(norm)))
-    return results, {name: p.detach() for name, p in model.named_parameters()}
+        return results
+
+    with exact_float64():
+        results = [step() for _ in range(steps)]
+    return results[-1], {name: p.detach() for name, p in model.named_parameters()}
