@@ -64,11 +64,11 @@ class LiveView:
         """One report of a task."""
         title = _TITLES.get(stage.name, stage.name)
         if stage.state == "running":
-            words = f"{title}: {f'{stage.done}/{stage.total} ' if stage.total else ''}{stage.words}".rstrip(": ")
+            words = f"{title}: {f'{stage.done}/{stage.total} ' if stage.total else ''}{stage.detail}".rstrip(": ")
             self._moving(stage.name, words)
             return
         self._latest.pop(stage.name, None)
-        self._line(f"{title}: {stage.state}{f' ({stage.words})' if stage.words else ''}")
+        self._line(f"{title}: {stage.state}{f' ({stage.detail})' if stage.detail else ''}")
 
     def _loop(self) -> None:
         while True:

@@ -63,9 +63,9 @@ def _run(name: str, parameters: dict[str, Any], server: TemporaryServer | None) 
     """The final state of a flow of ours; Prefect reads its settings when it is imported, so that is done here."""
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
     if server is not None:
-        progress.tell(progress.StageProgress("prefect", "running", words=server.why))
+        progress.notify(progress.StageProgress("prefect", "running", detail=server.why))
         server.wait()
-        progress.tell(progress.StageProgress("prefect", "done", words=server.api))
+        progress.notify(progress.StageProgress("prefect", "done", detail=server.api))
     return flow(**parameters, return_state=True)
 
 

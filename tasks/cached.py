@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import Task, get_run_logger
 
-from tasks.progress import StageProgress, tell
+from tasks.progress import StageProgress, notify
 
 
 def place_key(stage: str, content: str, cache_dir: str) -> str:
@@ -40,5 +40,5 @@ class CachedStage:
             return self.stage.with_options(refresh_cache=True)(*self.arguments)
         reason = f"the same configuration and code made {path} before"
         log.info("%s skipped: %s", self.stage.name, reason)
-        tell(StageProgress(self.stage.name, "skipped", words=reason))
+        notify(StageProgress(self.stage.name, "skipped", detail=reason))
         return path

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
-from tasks.progress import StageProgress, tell
+from tasks.progress import StageProgress, notify
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -14,7 +14,7 @@ def find_cluster(config: RunConfig) -> str:
     """Address of the dashboard. Running it again finds the same cluster."""
     from dapo.runtime.cluster import connect
 
-    tell(StageProgress("find_cluster", "running", words=config.ray.address or "a Ray on this machine"))
+    notify(StageProgress("find_cluster", "running", detail=config.ray.address or "a Ray on this machine"))
     address = connect(config).address
-    tell(StageProgress("find_cluster", "done", words=address))
+    notify(StageProgress("find_cluster", "done", detail=address))
     return address

@@ -73,7 +73,7 @@ class InputProcess:
             except ValueError:
                 continue  # a library printed something
             if "done" in message:
-                self._latest = (message["done"], message["total"], message["words"])
+                self._latest = (message["done"], message["total"], message["detail"])
             else:
                 self._answer = message
 
@@ -128,11 +128,11 @@ def main(argv: list[str]) -> int:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    def progress(done: int, total: int, words: str) -> None:
+    def progress(done: int, total: int, detail: str) -> None:
         nonlocal last
         if time.monotonic() - last > _REPORT_EVERY_S or done == total:
             last = time.monotonic()
-            say(done=done, total=total, words=words)
+            say(done=done, total=total, detail=detail)
 
     try:
         say(path=str(make("data" if kind == "data" else "weights", settings, Path(cache), progress).resolve()))

@@ -25,14 +25,14 @@ class StageProgress:
     """running | done | skipped | failed"""
     done: int = 0
     total: int = 0
-    words: str = ""
+    detail: str = ""
 
 
 watchers: list[Callable[[StageProgress], None]] = []
 """Called from the threads of the tasks; must be quick."""
 
 
-def tell(stage: StageProgress) -> None:
+def notify(stage: StageProgress) -> None:
     """Call every watcher of this process."""
     for watcher in watchers:
         watcher(stage)
@@ -68,19 +68,19 @@ class ProgressBar:
         )
         self._updated = time.monotonic()
 
-    def __call__(self, done: int, total: int, words: str = "") -> None:
-        tell(StageProgress(self.stage, "running", done, total, words))
+    def __call__(self, done: int, total: int, detail: str = "") -> None:
+        notify(StageProgress(self.stage, "running", done, total, detail))
         if total and time.monotonic() - self._updated > _ARTIFACT_EVERY_S:
-            self._update(100.0 * done / total, words)
+            self._update(100.0 * done / total, detail)
 
-    def close(self, words: str = "") -> None:
-        tell(StageProgress(self.stage, "done", words=words))
-        self._update(100.0, words)
+    def close(self, detail: str = "") -> None:
+        notify(StageProgress(self.stage, "done", detail=detail))
+        self._update(100.0, detail)
 
-    def _update(self, percent: float, words: str) -> None:
+    def _update(self, percent: float, detail: str) -> None:
         from prefect.artifacts import update_progress_artifact
 
         self._updated = time.monotonic()
         if self._artifact is not None:
-            text = f"{self.description}: {words}" if words else self.description
+            text = f"{self.description}: {detail}" if detail else self.description
             best_effort(update_progress_artifact, self._artifact, min(percent, 100.0), text)

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dapo.config.run import RunConfig
 from dapo.observe.run_folder import RunFolder
-from tasks.progress import StageProgress, artifact_key, best_effort, tell
+from tasks.progress import StageProgress, artifact_key, best_effort, notify
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -20,7 +20,7 @@ def report(config: RunConfig) -> str:
     from dapo.observe.shipper import log_artifacts
 
     folder = RunFolder.of(config)
-    tell(StageProgress("report", "running"))
+    notify(StageProgress("report", "running"))
     page = write_report(folder)
     lines = [f"| {label} | {value} |" for value, label in headline(summary(list(read(folder.journal))))]
     if address := mlflow_page(folder):
@@ -37,5 +37,5 @@ def report(config: RunConfig) -> str:
     except Exception as error:
         # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the page is on disk whatever it says.
         get_run_logger().warning("MLflow did not take the report: %s: %s", type(error).__name__, error)
-    tell(StageProgress("report", "done", words=str(page)))
+    notify(StageProgress("report", "done", detail=str(page)))
     return str(page)

@@ -26,7 +26,7 @@ from dapo.observe.journal import follow, read
 from dapo.observe.run_folder import RunFolder
 from dapo.runtime.turn import ClusterHolder
 from tasks.journal_relay import JournalRelay, known
-from tasks.progress import StageProgress, best_effort, tell
+from tasks.progress import StageProgress, best_effort, notify
 from tasks.turn import CancelledWhileWaiting, Turn
 from tasks.watch import CancelWatcher, LogStream, followed, only_follower
 
@@ -69,7 +69,7 @@ def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
     try:
         if job is None:
             log.info("skipped: %s finished step %d, and nothing that decides it has changed", folder.id, end)
-            tell(StageProgress("train", "skipped", words=f"{folder.id} finished step {end} before"))
+            notify(StageProgress("train", "skipped", detail=f"{folder.id} finished step {end} before"))
             for event, offset in follow(folder.journal, records.offset):
                 records.take(event, offset)
             return "finished"
@@ -227,7 +227,7 @@ class _Stop:
     def press(self, reason: str) -> None:
         if self._pressed_at is None:
             self._pressed_at = time.monotonic()
-            tell(StageProgress("train", "running", words="stopping: waiting for a checkpoint"))
+            notify(StageProgress("train", "running", detail="stopping: waiting for a checkpoint"))
             if self.job.config.ray.cancel == "now":
                 self._pressed_at -= STOP_GRACE_S
         self.job.request_stop(reason)

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from dapo.runtime.turn import ClusterHolder
-from tasks.progress import StageProgress, best_effort, tell
+from tasks.progress import StageProgress, best_effort, notify
 from tasks.watch import CancelWatcher
 
 WAITING = "waiting"
@@ -50,7 +50,7 @@ class Turn:
         self._reported_at = time.monotonic()
         words = f"for {ahead}"
         get_run_logger().info("one at a time on a cluster: waiting %s", words)
-        tell(StageProgress("waiting", "running", words=words))
+        notify(StageProgress("waiting", "running", detail=words))
         best_effort(create_markdown_artifact, f"Waits {words}", key=WAITING, description="One at a time on a cluster")
         best_effort(self._tag, True)
 
@@ -62,7 +62,7 @@ class Turn:
             return
         self._watch.__exit__()
         best_effort(self._tag, False)
-        tell(StageProgress("waiting", "done"))
+        notify(StageProgress("waiting", "done"))
         self._watch, self._job = None, ""
 
     def _tag(self, waits: bool) -> None:

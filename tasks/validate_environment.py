@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from dapo.config.run import RunConfig
 from dapo.plan import checks
 from dapo.plan.check_table import Check, refuse, verdict
-from tasks.progress import StageProgress, artifact_key, best_effort, tell
+from tasks.progress import StageProgress, artifact_key, best_effort, notify
 
 
 @task(task_run_name="validate_environment-{of}", cache_policy=NO_CACHE, persist_result=False)
@@ -42,7 +42,7 @@ def validate_environment(
     rows = [{"status": c.status, "check": c.name, "reason": c.reason, "remedy": c.remedy} for c in found]
     best_effort(create_table_artifact, rows, key=artifact_key("environment", of), description=f"{config.name}: {of}")
     refuse(config.name, found)
-    tell(StageProgress("validate_environment", "done", words=verdict(found)))
+    notify(StageProgress("validate_environment", "done", detail=verdict(found)))
     return found
 
 
