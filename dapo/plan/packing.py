@@ -37,8 +37,6 @@ class CostModel:
     """Per image patch."""
     patch_pair: float = 0.0
     """Per pair of patches of one frame (the vision tower attends within frames, without a causal mask)."""
-    sharing: float = 0.0
-    """Per response token of a segment with several responses: what the shared-prefix attention costs on top."""
     per_pack: float = _TOKENS_PER_PASS
     """Per pass, however small: gathering and reading weights, launching kernels."""
 
@@ -64,7 +62,6 @@ class CostModel:
             + self.pair * pairs
             + self.patch * sum(frames)
             + self.patch_pair * sum(n * n for n in frames)
-            + (self.sharing * written if len(responses) > 1 else 0.0)
         )
 
 
@@ -110,14 +107,16 @@ def plan_packs(
 
     Args:
         ranks: data-parallel ranks; each gets the same number of packs in every update (zero-weight fillers make up).
-        tokens_per_pack: hard limit; a shared prompt counts once.
-        share_prefix: store a prompt once per pack where the cost model says that it pays.
+        tokens_per_pack: of prompts and responses; a shared prompt counts once. No pack exceeds it, but the collator may
+            round its rows up (`dapo.model.linear.rounded_rows`): by up to 63 where the limit is not a multiple of 64.
+        share_prefix: store a prompt once for all its responses in a pack. It never costs more than it saves: a response
+            that has a copy of the prompt to itself goes through the same attention kernels.
 
     Raises:
         DataError: a prompt with one of its responses is longer than `tokens_per_pack`.
     """
     model = cost or CostModel()
-    groups = [_measure(index, group, model, share_prefix) for index, group in enumerate(batch.groups)]
+    groups = [_measure(index, group, share_prefix) for index, group in enumerate(batch.groups)]
     for group, measured in zip(batch.groups, groups, strict=True):
         longest = max(measured.responses, default=0)
         if measured.prompt_tokens + longest > tokens_per_pack:
@@ -129,13 +128,11 @@ def plan_packs(
     return PackPlan(tuple(_plan_update([groups[i] for i in u], ranks, tokens_per_pack, model) for u in batch.updates))
 
 
-def _measure(index: int, group: TrainGroup, model: CostModel, share_prefix: bool) -> _Group:
+def _measure(index: int, group: TrainGroup, share_prefix: bool) -> _Group:
     prompt = len(group.prompt.token_ids)
     responses = tuple(len(s.response_ids) for s in group.sequences)
     frames = tuple(h * w for t, h, w in group.prompt.image_grids for _ in range(t))
-    apart = sum(model.segment(prompt, [n], frames) for n in responses)
-    shared = share_prefix and len(responses) > 1 and model.segment(prompt, responses, frames) < apart
-    return _Group(index, prompt, responses, frames, shared)
+    return _Group(index, prompt, responses, frames, share_prefix and len(responses) > 1)
 
 
 def _plan_update(groups: list[_Group], ranks: int, limit: int, model: CostModel) -> tuple[tuple[Pack, ...], ...]:

@@ -13,12 +13,12 @@ from dapo.errors import DataError
 from dapo.plan.flops import ModelFlops
 from dapo.plan.packing import CostModel, plan_packs
 from dapo.plan.partition import balanced_partition, fill_bins, micro_batches
-from dapo.types import Pack, PackPlan, TrainBatch, TrainGroup, TrainSequence
+from dapo.types import Pack, PackPlan, Segment, TrainBatch, TrainGroup, TrainSequence
 from tests.records import prompt
 
 LIMIT = 64
 TOKENS_ONLY = CostModel(per_pack=0.0)
-TRANSFORMER = CostModel(token=100.0, head=10.0, pair=1.0, patch=20.0, patch_pair=0.5, sharing=3.0)
+TRANSFORMER = CostModel(token=100.0, head=10.0, pair=1.0, patch=20.0, patch_pair=0.5)
 
 group_sizes = st.tuples(st.integers(1, 40), st.lists(st.integers(1, LIMIT - 40), min_size=1, max_size=8))
 updates = st.lists(st.lists(group_sizes, min_size=1, max_size=6), min_size=1, max_size=3)
@@ -92,13 +92,11 @@ def test_a_group_that_does_not_fit_repeats_its_prompt_as_often_as_needed() -> No
     assert sorted(pack.tokens for pack in packs) == [60, 60]
 
 
-def test_sharing_is_left_where_it_costs_more_than_the_prompt() -> None:
-    dear = CostModel(sharing=1.0)
-    batch = make_batch([[(2, [20, 20]), (20, [5, 5])]])
-    segments = [
-        s for pack in packs_of(plan_packs(batch, ranks=1, tokens_per_pack=LIMIT, cost=dear)) for s in pack.segments
-    ]
-    assert sorted((s.group, s.sequences) for s in segments) == [(0, (0,)), (0, (1,)), (1, (0, 1))]
+@pytest.mark.parametrize(("prompt_tokens", "responses"), [(1, [4000] * 16), (350, [2048] * 8)])
+def test_the_shortest_prompt_is_shared_too(prompt_tokens: int, responses: list[int]) -> None:
+    batch = make_batch([[(prompt_tokens, responses)]])
+    (pack,) = packs_of(plan_packs(batch, ranks=1, tokens_per_pack=2**17, cost=TRANSFORMER))
+    assert pack.segments == (Segment(0, tuple(range(len(responses)))),)
 
 
 def test_a_group_is_split_over_ranks_that_would_idle() -> None:
