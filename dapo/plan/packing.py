@@ -109,8 +109,8 @@ def plan_packs(
         ranks: data-parallel ranks; each gets the same number of packs in every update (zero-weight fillers make up).
         tokens_per_pack: of prompts and responses; a shared prompt counts once. No pack exceeds it, but the collator may
             round its rows up (`dapo.model.linear.rounded_rows`): by up to 63 where the limit is not a multiple of 64.
-        share_prefix: store a prompt once for all its responses in a pack. It never costs more than it saves: a response
-            that has a copy of the prompt to itself goes through the same attention kernels.
+        share_prefix: store a prompt once for all its responses in a pack. Even of one token: a response with a
+            copy of the prompt to itself goes through the same attention kernels, and takes as long.
 
     Raises:
         DataError: a prompt with one of its responses is longer than `tokens_per_pack`.
