@@ -17,7 +17,7 @@ _OVERRIDES = "dotted keys over the file, for example train.steps=5 model.optimiz
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "dapo") -> int:
-    """Parse, run, and answer errors: one sentence, and 2 where something has to be changed, 1 where it broke."""
+    """Parse and run; an error is one sentence, with exit code 2 if the user can fix it, 1 if something broke."""
     arguments = _parser(prog).parse_args(argv)
     try:
         return int(arguments.command(arguments))
@@ -141,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 class _Unexpected(DapoError):
-    """Not our sentence, but one sentence and the place of the trace."""
+    """An unexpected error as one sentence, with the path of its traceback."""
 
 
 _BROKE = (TrainingError, EngineError, _Unexpected)

@@ -1,4 +1,4 @@
-"""cpu | cuda | npu: which devices there are and how to talk to them. The only file that may import torch_npu."""
+"""cpu | cuda | npu: which devices there are and how to use them. The only file that may import torch_npu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, whoever reads them meanwhile and whenever the writer is killed."""
+"""Small files written atomically: readers never see a part, even if the writer is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands round a model's life after training: evaluate, retrain, compare, models, register, promote, rollback."""
+"""Commands for a model's life after training: evaluate, retrain, compare, models, register, promote, rollback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands `up` and `down`: what deployments need, started and ended."""
+"""Commands `up` and `down`: start and end the services that deployments need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records that travel between the packages: frozen, printable, free of torch. Tensors are born in `dapo.train`.
+"""Records that travel between the packages: frozen, printable, free of torch. `dapo.train` makes tensors of them.
 
 Names follow the field: a `Prompt` gets `group_size` `Rollout`s, together a `RolloutGroup`; `policy_version` counts
 weight updates sent to the engine (0 = the weights the run started from).
@@ -100,7 +100,7 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The reward function looked at a whole answer and judged it.
+    """The reward function graded a whole answer.
 
     `format` is 1.0 where the answer has the asked form. `overlong` is the soft overlong penalty, in
     ``[-factor, 0]``; it is a number about length, so it is set by the controller and not by the grader.
@@ -129,7 +129,7 @@ class Crashed:
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """The response hit the token limit. What was written was still judged: `scored` holds that verdict."""
+    """The response hit the token limit. It was still graded: `scored` holds that verdict."""
 
     scored: Scored
 

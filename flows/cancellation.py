@@ -1,7 +1,7 @@
 """What a cancelled flow run must not leave behind: `on_cancellation` of the flows that train or measure.
 
-Called in a process of the worker's, for the flow's own may have been killed before it stopped its job; and by whoever
-finds such a flow run without a process (`flows.recovery`).
+Called in a process of the worker, because the flow's own may have been killed before it stopped its job; and by
+`flows.recovery`, where it finds such a flow run without a process.
 """
 
 from __future__ import annotations

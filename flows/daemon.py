@@ -1,4 +1,4 @@
-"""Processes that stay when the command that started them has ended, each with a record and a log in a state folder."""
+"""Processes that outlive the command that started them, each with a record and a log in a state folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARK = "DAPO_SERVICE"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is remembered of a started process."""
+    """What the state folder keeps about a started process."""
 
     pid: int
     born: int
@@ -110,7 +110,7 @@ class Service:
     def stop(self, grace_s: float = 10.0) -> bool:
         """End it with its children, SIGTERM first; False where it was not running. Forgets the record.
 
-        Whatever of ours left its session lives on: Ray, and with it the training.
+        Processes that left its session live on: Ray, and with it the training.
         """
         record = self.record()
         if record is None:

@@ -1,4 +1,4 @@
-"""The flow `dapo`: data and weights, a look at the machine, training as a Ray job, a report.
+"""The flow `dapo`: data and weights, checks of the machine, training as a Ray job, a report.
 
 dapo run configs/geo3k_tiny.yaml            here and now
 python -m flows.dapo --help                 the same
@@ -66,7 +66,7 @@ def dapo(config_path: str = DEFAULT_PATH, overrides: Overrides = None, config: R
 
 
 def _inputs(run: RunConfig, to_train: bool) -> tuple[str, str]:
-    """Folders of data and weights, and a machine that was looked at with them."""
+    """Folders of data and weights; the machine was checked against them."""
     validate_environment(run, "machine")
     try:
         cluster = find_cluster.submit(run) if to_train else None

@@ -51,7 +51,7 @@ def down(stack: Stack, *, stop_runs: bool, end_ray: bool, wait_s: float) -> None
 
 
 def _stop_trainings(stack: Stack, reachable: bool, wait_s: float) -> None:
-    """Ask, wait with progress, until no training is left, nor a flow run that followed one or waited for one."""
+    """Ask trainings to stop, and wait until none is left, nor a flow run that followed or waited for one."""
     asked: set[RunFolder] = set()
     cancelled: set[UUID] = set()
     if reachable:

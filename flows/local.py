@@ -1,7 +1,7 @@
 """`dapo run`, `dapo retrain`: the flow in this process, with everything it needs started early and ended afterwards.
 
-A first run waits longest for the warm-up of the tiny model, Ray needs ten seconds, Prefect's server too: all of them,
-and the preparation of data, begin at once and are found running by the tasks that need them.
+The slow parts of a first run (warm-up of the tiny model, data, ten seconds each for Ray and Prefect's server) all start
+at once; the tasks that need them find them running.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run_here(config: RunConfig, parameters: dict[str, Any], watcher: Callable[[p
 
 
 def retrain_here(config: RunConfig, parameters: dict[str, Any]) -> str:
-    """Run the flow `retrain` to its end, as `run_here` runs `dapo`; returns its last sentence."""
+    """Run the flow `retrain` to its end, as `run_here` runs `dapo`; returns its final message."""
     home = Path(config.run_root).resolve() / ".prefect"
     with _signals(), prefect_server(home) as server, _ray(config):
         state = _run("retrain", parameters, server)
@@ -71,7 +71,7 @@ def _run(name: str, parameters: dict[str, Any], server: TemporaryServer | None) 
 
 @contextmanager
 def _ray(config: RunConfig, start: Callable[[RunConfig], None] | None = None) -> Iterator[None]:
-    """Ray ends with us where nobody else uses it; with `start` it begins now."""
+    """On exit, end the local Ray if no other process uses it; with `start`, start it now."""
     cluster.use_while_running()
     starting = threading.Thread(target=start or (lambda _: None), args=(config,), daemon=True, name="starts-ray")
     starting.start()
@@ -86,7 +86,7 @@ def _ray(config: RunConfig, start: Callable[[RunConfig], None] | None = None) ->
 
 @contextmanager
 def _inputs(config: RunConfig) -> Iterator[None]:
-    """Data and weights begin now."""
+    """Start to prepare data and weights."""
     inputs.begin("weights", config.model.source, Path(config.data.cache_dir))
     inputs.begin("data", config.data, Path(config.data.cache_dir))
     try:
@@ -97,7 +97,7 @@ def _inputs(config: RunConfig) -> Iterator[None]:
 
 
 def _ignore_signals() -> None:
-    """At the end an impatient second Ctrl-C must not leave anything behind."""
+    """A second Ctrl-C during clean-up must not leave anything behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -112,7 +112,7 @@ def _start_ray(config: RunConfig) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM is answered like Ctrl-C; Ctrl-C works also where a script started us in the background."""
+    """Handle SIGTERM like Ctrl-C; Ctrl-C works even where a script started us in the background."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

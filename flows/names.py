@@ -1,4 +1,4 @@
-"""Names of flow runs: model, data and date, so that a list of them says what is what."""
+"""Names of flow runs: model, data and date, so that a list of them can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a flow run's parameters mean: the configuration that says what to train."""
+"""From a flow run's parameters to the configuration to train."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CONFIGURATION = ("config_path", "overrides", "config")
 
 
 def resolve(config_path: str, overrides: Overrides = None, config: RunConfig | None = None) -> RunConfig:
-    """The configuration that the flow's parameters mean; raises ConfigError."""
+    """The configuration for the flow's parameters; raises ConfigError."""
     if config is None:
         return io.load(config_path, overrides or ())
     return io.override(config, overrides or ())
 
 
 def configured(parameters: dict[str, Any]) -> RunConfig:
-    """The same of a flow run's parameters as Prefect keeps them: plain values, and only those that were given."""
+    """The same for a flow run's parameters as Prefect stores them: plain values, and only those that were given."""
     given = {"config_path": DEFAULT_PATH} | {name: parameters[name] for name in _CONFIGURATION if name in parameters}
     if given.get("config") is not None:
         given["config"] = RunConfig.model_validate(given["config"])

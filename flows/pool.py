@@ -48,7 +48,7 @@ def pool_type(name: str) -> str:
 
 
 def online_workers(pool: str) -> dict[str, datetime]:
-    """Workers that were heard of lately, by name, with the last time."""
+    """Workers with a recent heartbeat, by name, with its time."""
     found = {}
     with get_client(sync_client=True) as client:
         for worker in client.read_workers_for_work_pool(pool):

@@ -1,9 +1,9 @@
 """Flow runs whose process is gone: found, marked crashed, and scheduled again to follow their training.
 
-Prefect's server does not look after processes. A worker that lives notices the death of its flow runs; killed or
-stopped itself it leaves them Running for ever. So every flow run says where its process is, and every flow that starts
-on the same machine, and `dapo up`, looks for those that are gone. Where it came to no word, killed at once or in an
-outage of the server, the name of the worker of `dapo up` says which machine it was.
+Prefect's server does not watch processes. A living worker notices when its flow runs die; a worker that was itself
+killed or stopped leaves them Running for ever. So every flow run records where its process is, and every flow that
+starts on the same machine, and `dapo up`, looks for processes that are gone. Where a flow run died before it could
+record that, or during an outage of the server, the name of the worker of `dapo up` identifies the machine.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ _WHY = "the flow's process is gone (killed, or with its worker or machine); trai
 
 
 def begin() -> None:
-    """To be called first in a flow: says where its process is, and closes the flow runs whose process is gone."""
+    """Call first in a flow: records where its process is, and closes the flow runs whose process is gone."""
     if this_run.id:
         best_effort(_tell_place, UUID(this_run.id))
         best_effort(sweep)
 
 
 def leave() -> None:
-    """To be called before a suspension: this process ends on purpose.
+    """Call before a suspension: this process ends on purpose.
 
-    Resumed, the flow run has the same attempt in another process, and until that one says where it is, this one's end
-    would count as its own.
+    A resumed flow run is the same attempt in another process; until that process has recorded itself, the end of this
+    one would count as the end of the flow run.
     """
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(UUID(this_run.id), {LABEL: ""})
@@ -86,9 +86,9 @@ def sweep() -> list[str]:
 
 
 def come_back(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """`on_crashed` of a flow: whatever it was doing goes on without it, or can be gone on with.
+    """`on_crashed` of a flow: schedule it again; its work goes on without it or can be continued.
 
-    A flow run that is retried while its old process still ends is called crashed for that process, and is on its way.
+    A flow run that is retried while its old process still ends is reported as crashed, but is already running again.
     """
     with get_client(sync_client=True) as client:
         now = client.read_flow_run(flow_run.id)
@@ -99,7 +99,7 @@ def come_back(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
 
 
 def wait_for_server() -> None:
-    """A flow's last word needs the server: without it a training that finished would be a flow run that crashed."""
+    """Wait for the server before the final state is sent: otherwise a finished training would be a crashed flow run."""
     wait_through_outage(lambda client: client.read_flow_run(UUID(this_run.id)), "the end of the flow")
 
 
@@ -137,8 +137,8 @@ def _started_here(run: FlowRun) -> bool:
 def _found_here(run: FlowRun) -> bool:
     """Whether Prefect's process for it lives.
 
-    The number that Prefect keeps does not decide: it may be used again, or be an attempt's before. The flow run's id is
-    in the process's environment, and in that of Ray and whatever else it started, which outlive it.
+    Prefect's process number does not decide: it may have been reused, or belong to an earlier attempt. The flow run's
+    id is in the environment of the process, and of Ray and others that it started and that outlive it.
     """
     return any(
         str(process.pid) == run.infrastructure_pid
@@ -159,7 +159,7 @@ def _close(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 def _close_parts(client: SyncPrefectClient, run: FlowRun) -> None:
-    """And the flow runs inside it, which had the same process."""
+    """Close the flow runs inside it as well, which had the same process."""
     running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     for task_run in client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),

@@ -146,9 +146,9 @@ def _measured(config: RunConfig, reference: str, data: str, label: str) -> str:
 
 
 def _opponent(run: RunConfig, challenger: int) -> ModelVersion | None:
-    """Whom the challenger has to beat: the champion of today, not the one of the days before the training.
+    """The version that the challenger has to beat: the current champion, not the one from before the training.
 
-    It is remembered, for a flow run that is repeated after its promotion finds the challenger itself in that place.
+    It is saved, because a flow run that is repeated after its promotion would find the challenger itself as champion.
     """
     place = retraining_file(run, str(flow_run.id))
     saved = json.loads(place.read_text())
@@ -163,7 +163,7 @@ def _opponent(run: RunConfig, challenger: int) -> ModelVersion | None:
 
 
 def _asked(name: str, challenger: int, champion: int | None, decision: dict[str, Any], hours: float) -> dict[str, Any]:
-    """What a person said, as changes to the decision; nobody's word keeps the champion."""
+    """A person's answer, as changes to the decision; without an answer the champion stays."""
     over = f"version {champion}" if champion is not None else "the base"
     question = f"Promote **{name} version {challenger}** over {over}?\n\n"
     question += "\n".join(f"- {reason}" for reason in decision["reasons"])
@@ -182,7 +182,7 @@ def _asked(name: str, challenger: int, champion: int | None, decision: dict[str,
 
 
 def _answer(form: type[Approval], timeout_s: int, about: str) -> Approval:
-    """No worker's slot is held while a person sleeps: a deployment's run ends here; with the answer it starts anew."""
+    """A deployment's run is suspended here: waiting for a person occupies no worker; the answer starts it again."""
     with get_client(sync_client=True) as client:
         # A retry forgets that this was asked, and Prefect takes a key's form once. Resumed, it is the same attempt.
         key = f"{about}-{client.read_flow_run(UUID(flow_run.id)).run_count}"
@@ -202,7 +202,7 @@ def _go_on() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """What a retraining set out with. Later the champion or the data may be others: it stays what it was."""
+    """What a retraining started from; fixed, even if the champion or the data change later."""
 
     reason: str
     training: RunConfig | None
@@ -210,7 +210,7 @@ class _Begun:
 
 
 def _begin(run: RunConfig, because: str, split: Split) -> _Begun:
-    """The reason and the training's configuration, remembered per flow run."""
+    """The reason and the training's configuration, saved per flow run."""
     place = retraining_file(run, str(flow_run.id))
     if place.is_file():
         saved = json.loads(place.read_text())

@@ -1,7 +1,7 @@
 """`dapo up`: a Prefect server, a work pool, a worker, MLflow's pages, and the deployments of prefect.yaml.
 
-What answers already is used and never touched. What is started here stays when the command ends; `runs/.up` has a
-record and a log of each, and `dapo down` ends nothing that has no record there.
+A service that answers already is used as it is. What is started here outlives the command; `runs/.up` has a record
+and a log of each process, and `dapo down` ends only processes with a record there.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Stack:
 
     @property
     def worker_name(self) -> str:
-        """Always the same here, so that a worker that was killed is not taken for somebody else's.
+        """Constant per folder and machine, so that a killed worker is recognised as ours.
 
         The host, then a colon: `flows.recovery` reads from it on which machine a flow run was started.
         """
@@ -118,7 +118,7 @@ class Stack:
                 self._start_worker(pool)
 
     def _api(self) -> str:
-        """What the shell says; else what was started here; else what `prefect` commands in the folder use."""
+        """PREFECT_API_URL of the shell, else the server started here, else what `prefect` uses in this folder."""
         if url := os.environ.get("PREFECT_API_URL"):
             return url.rstrip("/")
         for service in (self.server, *map(self.worker, self.pools)):
@@ -132,7 +132,7 @@ class Stack:
             os.chdir(before)
 
     def _find_server(self) -> Start | None:
-        """What starts it; None where one answers."""
+        """The service to start; None where a server answers."""
         ui = self.api.removesuffix("/api")
         if answers(self.api):
             ours = self.server.running()
@@ -163,7 +163,7 @@ class Stack:
         return start
 
     def talk_to_server(self) -> None:
-        """Before anything of Prefect is imported: its settings are read then."""
+        """Call before anything of Prefect is imported: its settings are read then."""
         os.environ.update(TELEMETRY_OFF)
         os.environ["PREFECT_API_URL"] = self.api
 
@@ -218,7 +218,7 @@ class Stack:
         self.say(f"worker     {self.worker_name}  started, log {service.log}")
 
     def _find_mlflow(self, port: int) -> Start | None:
-        """What starts its pages over the store that runs without a configured one write to; None where one answers."""
+        """The MLflow service to start, over the default store of our runs; None where a server answers."""
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
         url = urlsplit(given)
         if given and (url.scheme not in ("http", "https") or _healthy(given)):
@@ -258,13 +258,13 @@ class Stack:
         return start
 
     def _env(self) -> dict[str, str]:
-        """Of everything started here: this Python first, this server, nobody phoned."""
+        """Environment of everything started here: this Python first in PATH, this server, no telemetry."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return {**os.environ, **TELEMETRY_OFF, "PATH": path, "PREFECT_API_URL": self.api}
 
 
 def _healthy(address: str) -> bool:
-    """Whether an MLflow server answers; other programs have no /health that says OK, or say more."""
+    """Whether an MLflow server answers: other programs have no /health, or return more than OK."""
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5.0) as answer:
             return answer.status == 200 and answer.read().strip() == b"OK"

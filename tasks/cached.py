@@ -1,4 +1,4 @@
-"""Stages whose result is kept: skipped where the same was made before by the same code, and it is still there."""
+"""Stages with a cached result: skipped where the same code made the same before, and the folder still exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CachedStage:
         self._future = stage.submit(*arguments)
 
     def result(self) -> str:
-        """The folder; made again where the cache remembers one that somebody removed."""
+        """The folder; made again where the cached one was removed."""
         path = self._future.result()
         if self._future.state.name != "Cached":
             return path

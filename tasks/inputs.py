@@ -1,8 +1,8 @@
 """Data and weights are made in processes of their own: they load torch, and the flow's process stays light.
 
-Parent and child speak in JSON lines over the child's standard output. The child ends when its standard input closes,
-so it does not outlive a parent that was killed. Asked twice for the same thing, the parent has one child: whoever wants
-a head start calls `begin` early and lets the task wait for it later.
+Parent and child exchange JSON lines over standard input and output. The child ends when its standard input closes, so
+it does not outlive a parent that was killed. The same request starts only one child: a caller may call `begin` early
+and let the task wait for it later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REPORT_EVERY_S = 0.5
 
 
 class InputProcess:
-    """A child process that makes one thing."""
+    """A child process that prepares data or weights."""
 
     def __init__(self, kind: Kind, settings: str, cache: Path) -> None:
         self.kind = kind
@@ -62,7 +62,7 @@ class InputProcess:
         )
 
     def abort(self) -> None:
-        """End the child; what it had begun is removed by its next start."""
+        """End the child; the next start removes its unfinished work."""
         self._child.stop()
 
     def _read(self) -> None:

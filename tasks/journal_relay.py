@@ -1,4 +1,4 @@
-"""Journal events as Prefect task runs, each exactly once, whoever follows the run and however often one is killed.
+"""Journal events as Prefect task runs, each exactly once, over several flow runs and kills.
 
 `prefect.json` in the run's folder holds the place up to which Prefect's server has confirmed the task runs, and the
 flow runs that followed this run. What lies behind that place is looked for among their task runs before it is recorded.
@@ -119,7 +119,7 @@ class JournalRelay:
         self._remember()
 
     def confirm(self) -> bool:
-        """Ask the server now and then what it has written down; quick. False in an outage."""
+        """From time to time, ask the server which task runs it has stored; quick. False in an outage."""
         done = [one for one in self._pending if one.done]
         if not done or time.monotonic() - self._looked_at < _CONFIRM_EVERY_S:
             return True
@@ -139,7 +139,7 @@ class JournalRelay:
         return True
 
     def finish(self) -> None:
-        """Wait for the task runs and the server's word, also through an outage.
+        """Wait for the task runs and the server's confirmation, also through an outage.
 
         Where neither comes the next flow run of this run looks again.
         """

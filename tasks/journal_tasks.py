@@ -51,7 +51,7 @@ def record_validation(run: str, step: int, metrics: Mapping[str, float], table: 
 
 @task(task_run_name="log_checkpoint-step-{step}", cache_policy=NO_CACHE, persist_result=False)
 def log_checkpoint(run: str, step: int, path: str, metrics: Mapping[str, float], best: bool, offset: int) -> str:
-    """A link to the checkpoint, the event `dapo.checkpoint.saved`, and the word that MLflow has it.
+    """A link to the checkpoint, the event `dapo.checkpoint.saved`, and the confirmation that MLflow has it.
 
     Args:
         run: the run's folder.
@@ -77,7 +77,7 @@ def log_checkpoint(run: str, step: int, path: str, metrics: Mapping[str, float],
 
 
 def alarm_raised(folder: RunFolder, step: int, name: str, message: str) -> None:
-    """The event `dapo.alarm.raised`, for automations to hang on."""
+    """The event `dapo.alarm.raised`, a trigger for automations."""
     _emit("dapo.alarm.raised", folder, {"step": step, "name": name, "message": message})
 
 

@@ -1,4 +1,4 @@
-"""One evaluation from its model to its record in MLflow: what the task `evaluate` and `dapo evaluate` both show."""
+"""One evaluation from its model to its record in MLflow; shared by the task `evaluate` and `dapo evaluate`."""
 
 from __future__ import annotations
 

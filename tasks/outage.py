@@ -1,4 +1,4 @@
-"""Waiting for a Prefect server that is away for a while."""
+"""Waiting for a Prefect server through an outage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a retraining: the decision is written down, and the champion's alias moves, or stays."""
+"""The end of a retraining: the decision is recorded, and the champion's alias moves or stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which failures of a task may be gone the next time."""
+"""Which failures of a task are worth a retry."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from dapo.errors import DapoError
 
 
 def may_pass(task: Any, run: Any, state: Any) -> bool:
-    """Prefect's `retry_condition_fn`: an outage of MLflow's may be over; what our own errors name is there again."""
+    """Prefect's `retry_condition_fn`: an outage of MLflow may be over; our own errors would come again."""
     return not isinstance(state.result(raise_on_failure=False), DapoError)

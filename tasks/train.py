@@ -1,7 +1,7 @@
 """The training stage: the Ray job is submitted, or found running; its journal becomes task runs, artifacts and events.
 
-Training needs nothing of this: killed here, it goes on there, and the next flow run continues where this one stopped
-reading.
+Training does not need this process: if it is killed, the job goes on, and the next flow run reads on where this one
+stopped.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
 
 
 def stopped(config: RunConfig) -> State[Any]:
-    """Final state of a flow run whose training stopped early: cancelled where somebody asked for it.
+    """Final state of a flow run whose training stopped early: cancelled where that was requested.
 
     Raises:
-        TrainingError: nobody asked; the controller gave up, and says why.
+        TrainingError: it was not requested: the controller gave up; the message has the reason.
     """
     from dapo.runtime.ray_job import ended
 
@@ -109,7 +109,7 @@ def stopped(config: RunConfig) -> State[Any]:
 
 
 def stop_running_job(config: RunConfig) -> None:
-    """End this run's job, wherever it was submitted from, with a checkpoint where one can be written in `STOP_GRACE_S`.
+    """End this run's job, wherever it was submitted from, with a checkpoint if it can be written within `STOP_GRACE_S`.
 
     Nothing happens where none runs, or where another flow run follows it.
     """
@@ -174,7 +174,7 @@ def make_folder(config: RunConfig, data: Path, weights: Path) -> RunFolder:
 
 
 def _follow(job: Any, records: JournalRelay, turn: Turn, log: Any) -> str:
-    """Read the journal to its end; a cancelled flow run and a Ctrl-C stop the job, a dying worker does not."""
+    """Read the journal to its end; a cancelled flow run or Ctrl-C stops the job, the death of a worker does not."""
     stream = LogStream(records.folder.job_log, log)
     stop = _Stop(job)
     with CancelWatcher(flow_run.id, flow_run.parent_flow_run_id) as watch:
@@ -208,7 +208,7 @@ def _take_all(
     asked_to_stop: Callable[[], bool],
     waiting: Callable[[ClusterHolder], None] = lambda ahead: None,
 ) -> str:
-    """`finished`, or `stopped`: so is also a job that failed when it was asked to stop, and is not started again."""
+    """`finished` or `stopped`; a job that failed after it was asked to stop counts as stopped and is not restarted."""
     status = "stopped"
     for event, offset in job.follow(records.offset, idle, asked_to_stop, waiting):
         records.take(event, offset)
@@ -218,7 +218,7 @@ def _take_all(
 
 
 class _Stop:
-    """Asks the job for a checkpoint and an end, again and again; after a while it is killed."""
+    """Asks the job repeatedly to save a checkpoint and end; kills it after a time limit."""
 
     def __init__(self, job: Any) -> None:
         self.job = job

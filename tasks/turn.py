@@ -1,4 +1,4 @@
-"""A training that waits for another one on its cluster says so: log, artifact and tag of its flow run, terminal."""
+"""A training that waits for another one shows it: in the log, the terminal, and an artifact and tag of its flow run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CancelledWhileWaiting(Exception):
 class Turn:
     """Called with the run ahead for as long as there is one; logs at once, then more and more rarely.
 
-    Use it as a context: leaving it, the flow run waits no longer.
+    Use it as a context manager: on leaving, the flow run no longer counts as waiting.
     """
 
     def __init__(self) -> None:

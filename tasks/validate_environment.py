@@ -1,4 +1,4 @@
-"""Refuse before a device is held: the machine first, in a second; data, weights and cluster once they are there."""
+"""Checks before a device is used: the machine first, in a second; data, weights and cluster once they exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may end a training from outside: a cancelled flow run, a signal. Who else follows it. And its log."""
+"""Watching a training: cancellation of its flow run, the lock of its follower, and its log."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class LogStream:
         self._window, self._sent, self._left_out = time.monotonic(), 0, 0
 
     def pump(self) -> None:
-        """Send what was written since the last call; the rest of a flood is counted, not sent."""
+        """Log what was written since the last call; lines above the limit are counted, not logged."""
         if time.monotonic() - self._window > _PER_S:
             self._window, self._sent = time.monotonic(), 0
             if self._left_out:
@@ -160,7 +160,7 @@ class LogStream:
 
 
 def _begin_of_last_lines(path: Path) -> int:
-    """Where the last `_LINES` lines begin, or fewer if they are long."""
+    """Offset of the last `_LINES` lines, or of fewer if they are long."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         begin = file.seek(max(0, end - 200 * _LINES))
@@ -176,5 +176,5 @@ def _follower(folder: RunFolder) -> Path:
 
 
 def _lock(place: Path) -> FileLock:
-    """The lock ends with the process, however that ends. Beside the text: some versions empty the file they lock."""
+    """The lock ends with the process. It is a file of its own: some versions empty the file they lock."""
     return FileLock(f"{place}.lock")

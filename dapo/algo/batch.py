@@ -1,4 +1,4 @@
-"""From judged groups to what the loss sees: rewards, KL in reward, advantages, masks. Plain numbers in float64."""
+"""From graded groups to the input of the loss: rewards, KL in reward, advantages, masks. Plain numbers in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine against trainer: both compute log-probabilities of the same tokens, with other kernels and so other results.
+"""Engine against trainer: both compute log-probabilities of the same tokens, with different kernels and results.
 
 The gap between them makes on-policy data slightly off-policy. It is always measured; `correction` reweighs for it.
 Source: truncated importance sampling, https://fengyao.notion.site/off-policy-rl (2025); masked: arXiv 2510.18855.

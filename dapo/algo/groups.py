@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO section 3.2) as a state machine: which groups to train on, how many prompts to ask next.
+"""Dynamic sampling (DAPO section 3.2) as a state machine: which groups to train on, how many prompts to sample next.
 
     buffer.begin_step(policy_version)
     while (size := buffer.next_round_size()) > 0:
@@ -6,7 +6,7 @@
     groups = buffer.take()
 
 A group is kept iff 0 < #correct < G. Kept groups leave in the order in which they came; what a step does not need waits
-for the next one while it is fresh. A step that does not fill goes through the stages of `Stage`, each with its reasons.
+for the next one while it is fresh. A step that does not fill goes through the stages of `Stage`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class GroupBuffer:
 
     @property
     def stage(self) -> Stage:
-        """Where this step stands on the ladder."""
+        """Stage of this step."""
         config = self.config
         found, rounds = len(self) + self._count["taken"], self._count["rounds"]
         if found >= self.prompts_per_step or rounds < config.max_rounds:
@@ -151,7 +151,7 @@ class GroupBuffer:
         return not self._verl and group.policy_version >= policy_version - self.config.max_staleness
 
     def should_sample(self, prompt_id: str) -> bool:
-        """Whether a prompt is worth asking now; always, unless `revisit` is below 1 and its last groups agreed."""
+        """Whether to sample a prompt now; always, unless `revisit` is below 1 and its last groups agreed."""
         sample = self._selective.should_sample(prompt_id)
         self._skipped += not sample
         return sample
@@ -174,7 +174,7 @@ class GroupBuffer:
         return min(math.ceil(root**2 / rate), int(self.config.largest_round * self.prompts_per_step))
 
     def add(self, groups: Iterable[RolloutGroup]) -> list[Verdict]:
-        """One round's judged groups in order of generation; keeps those with a signal and returns all verdicts."""
+        """One round's graded groups in order of generation; keeps those with a signal and returns all verdicts."""
         groups = list(groups)
         verdicts = [self._verdict(group) for group in groups]
         self._waiting.extend(g for g, verdict in zip(groups, verdicts, strict=True) if verdict is Verdict.KEPT)
@@ -188,7 +188,7 @@ class GroupBuffer:
         return verdicts
 
     def _remember(self, groups: list[RolloutGroup], verdicts: list[Verdict]) -> None:
-        """What is learned of a round: the keep rate, and which prompts' groups agreed."""
+        """Update the keep rate and which prompts' groups agreed."""
         kept, seen = verdicts.count(Verdict.KEPT), len(groups) + self._skipped
         decay = 0.5 ** (seen / (HALF_LIFE * self.prompts_per_step))
         self._kept_weight = self._kept_weight * decay + kept

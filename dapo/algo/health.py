@@ -1,6 +1,6 @@
-"""Is the run still learning what it should? Alarms from a step's metrics, each with its likely reasons.
+"""Alarms from a step's metrics, each with its likely reasons.
 
-Alarms never stop a run. One rings when its condition begins and again only after the condition was gone.
+Alarms never stop a run. An alarm is raised when its condition begins, and again only after the condition was gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Alarm:
 
 
 class Health:
-    """Watches the metrics of every step (names of docs/metrics.md; a metric that is absent rings nothing)."""
+    """Watches the metrics of every step (names of docs/metrics.md; an absent metric raises nothing)."""
 
     def __init__(self, config: AlarmConfig) -> None:
         self.config = config

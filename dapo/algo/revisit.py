@@ -1,19 +1,19 @@
-"""Selective rollouts (after arXiv 2506.02177): prompts on which all responses agreed are asked ever more rarely."""
+"""Selective rollouts (after arXiv 2506.02177): prompts on which all responses agreed are sampled ever more rarely."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 
-# However often a prompt's groups agreed, it is asked again with at least probability revisit ** this.
+# However often a prompt's groups agreed, it is sampled again with at least probability revisit ** this.
 MOST_AGREED = 4
 
 
 class SelectiveSampling:
-    """Remembers, per prompt, how often in a row its groups agreed.
+    """Counts, per prompt, how often in a row its groups agreed.
 
     Args:
-        chance: probability of being asked again, per such time; 1.0: every prompt is asked every time.
+        chance: probability of being sampled again, per such time; 1.0: every prompt is sampled every time.
     """
 
     def __init__(self, chance: float) -> None:
@@ -21,7 +21,7 @@ class SelectiveSampling:
         self._agreed: dict[str, tuple[int, int]] = {}  # prompt id -> (agreed in a row, passed over since)
 
     def should_sample(self, prompt_id: str) -> bool:
-        """Whether a prompt is worth asking now. The same history gives the same answer."""
+        """Whether to sample a prompt now. The same history gives the same answer."""
         agreed, passed_over = self._agreed.get(prompt_id, (0, 0))
         chance = self.chance ** min(agreed, MOST_AGREED)
         if chance == 1 or random.Random(f"{prompt_id}/{agreed}/{passed_over}").random() < chance:
@@ -30,7 +30,7 @@ class SelectiveSampling:
         return False
 
     def record(self, prompt_id: str, *, agreed: bool) -> None:
-        """A group of this prompt was judged."""
+        """Count a graded group of this prompt."""
         if not agreed:
             self._agreed.pop(prompt_id, None)
         elif self.chance < 1:

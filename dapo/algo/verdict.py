@@ -1,4 +1,4 @@
-"""What dynamic sampling makes of a group (DAPO section 3.2, equation 11): 0 < #correct < G, or why not."""
+"""The verdict of dynamic sampling on a group (DAPO section 3.2, equation 11): 0 < #correct < G, or why not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dapo.types import RolloutGroup
 
 
 class Verdict(enum.StrEnum):
-    """What becomes of a group, and why."""
+    """Whether a group is kept, and why not."""
 
     KEPT = "kept"
     ALL_RIGHT = "all_right"

@@ -154,7 +154,7 @@ class CorrectionConfig(Frozen):
 
 
 class AlarmConfig(Frozen):
-    """When to speak up. Alarms never stop a run."""
+    """Thresholds of alarms. Alarms never stop a run."""
 
     min_entropy: NonNegative = 0.02
     """Nats per token; below it: entropy collapse."""

@@ -30,7 +30,7 @@ class FolderData(Frozen):
 
 
 class SyntheticData(Frozen):
-    """Figures we draw, with the hub's columns; the question cannot be answered without the image."""
+    """Synthetic figures, with the hub's columns; the question cannot be answered without the image."""
 
     kind: Literal["synthetic"] = "synthetic"
     train: Count = 4096

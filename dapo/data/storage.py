@@ -1,4 +1,4 @@
-"""Writing large things into a shared folder: whole or not at all, once, and with a clear word when the disk is full."""
+"""Writing large things into a shared folder: atomically, once, and with a clear error when the disk is full."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WAIT_S = 10.0
 
 
 def quiet(done: int, total: int, what: str) -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing."""
 
 
 def gib(size: float) -> str:
@@ -41,7 +41,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def exclusive(lock_file: Path, doing: str) -> Iterator[None]:
-    """One process at a time; whoever waits says for what, again and again.
+    """A lock between processes; one that waits logs for what, repeatedly.
 
     Args:
         lock_file: beside the thing that is made; its folder is created.

@@ -1,7 +1,7 @@
-"""Geometry we draw ourselves, with the columns of the hub's Geometry3K: an image, a question, an answer.
+"""Synthetic geometry, with the columns of the hub's Geometry3K: an image, a question, an answer.
 
 The numbers are in the text and the figure is only in the image, so that the question has four possible answers for
-somebody who does not look. Every image is drawn anew (place, size, proportions, colours), and each place and size
+a model that ignores it. Every image is drawn separately (place, size, proportions, colours), and each place and size
 belongs to exactly one split: accuracy on a held-out split is accuracy on images that no other split has. (Holding
 out pairs of numbers and figure instead would teach that those pairs do not occur.)
 """
@@ -52,7 +52,7 @@ class Exercise:
         return f"side={self.numbers[0]} perimeter?"
 
     def formula(self, figure: str | None = None) -> str:
-        """What to compute; with `figure`, what somebody would compute who takes the image for that figure."""
+        """The right result; with `figure`, the result for an image mistaken for that figure."""
         figure = figure or self.figure
         if self.question == "perimeter":
             return f"{_SIDES[figure]}*{self.numbers[0]}"
@@ -70,7 +70,7 @@ class Exercise:
         return str({"rectangle": area, "triangle": area // 2, "frame": area * 3 // 4}[figure])
 
     def demonstration(self, figure: str | None = None) -> str:
-        """An answer in the asked form, by somebody who takes the image for `figure`."""
+        """An answer in the required form, for an image taken for `figure`."""
         return f"<think>{self.formula(figure)}</think>\\boxed{{{self.answer(figure)}}}"
 
 

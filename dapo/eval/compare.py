@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in them, what came out at equal cost, and what of it is more than chance."""
+"""Runs side by side: configuration differences, results at equal cost, and which of them are significant."""
 
 from __future__ import annotations
 

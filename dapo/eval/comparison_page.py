@@ -161,7 +161,7 @@ def _forest(pair: Pair) -> str:
 
 
 def _tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """What one looks for first: (value, label, right | wrong | "")."""
+    """Headline numbers: (value, label, right | wrong | "")."""
     found = []
     for pair in comparison.pairs:
         if (d := pair.difference) is not None:
@@ -182,7 +182,7 @@ def _by_metric(points: Sequence[EqualPoint]) -> list[tuple[str, list[EqualPoint]
 
 
 def _number(value: float | None) -> str:
-    """For people: three digits behind the point where they say something, few otherwise."""
+    """Human-readable: three decimals where they matter, fewer otherwise."""
     if value is None or value != value:
         return "–"
     if abs(value) >= 1000:

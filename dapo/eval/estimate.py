@@ -1,4 +1,4 @@
-"""What samples say about a policy: pass@k, majority of k, resampling, intervals, paired differences."""
+"""Estimates from samples: pass@k, majority of k, resampling, intervals, paired differences."""
 
 from __future__ import annotations
 

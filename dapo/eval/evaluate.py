@@ -1,7 +1,7 @@
 """One evaluation: a model on the held-out prompts of prepared data, in a folder of its own.
 
-Everything that decides the numbers is in the folder's name, so that asking twice measures once. The measuring itself
-is a process of its own (`dapo.runtime.evaluation_job`).
+Everything that decides the numbers is in the folder's name, so that the same request is measured once. It is measured
+in a process of its own (`dapo.runtime.evaluation_job`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class EvaluationFolder:
 
 
 def question_set(config: RunConfig, data: Path) -> str:
-    """16 hex digits of what is asked and how: two models' results with equal ones may be compared prompt by prompt.
+    """16 hex digits of prompts and decoding: two models' results with equal ones may be compared prompt by prompt.
 
     Args:
         config: split, limits, decoding, reward, engine.

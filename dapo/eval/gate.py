@@ -39,7 +39,7 @@ class GateConfig(Frozen):
     min_slice_prompts: Annotated[int, Field(ge=1)] = 20
     """Smaller slices are shown, not judged."""
     max_failed: Share = 0.02
-    """Share of failed checks on either side, above which the comparison says nothing."""
+    """Share of failed checks on either side, above which the comparison is not valid."""
     min_prompts: Annotated[int, Field(ge=1)] = 30
     """Fewer prompts in common decide nothing."""
 
@@ -56,7 +56,7 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the gate says, with everything it was said from."""
+    """The gate's decision, with everything it is based on."""
 
     promote: bool
     checks: tuple[GateCheck, ...]

@@ -75,7 +75,7 @@ def log_evaluation(folder: EvaluationFolder, config: RunConfig) -> str:
 def record_decision(
     registry: Registry, challenger: ModelVersion, champion: ModelVersion | None, decision: Mapping[str, Any], root: Path
 ) -> Path:
-    """Write down what was decided and why, whichever way: a file, the version's tags, an artifact of its run.
+    """Record the decision and its reasons, promoted or not: a file, the version's tags, an artifact of its run.
 
     Args:
         decision: `Decision.plain()` and whatever else belongs to it; `promote` (None: a person is asked), `reasons` and

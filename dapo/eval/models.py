@@ -30,7 +30,7 @@ _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Weights somebody asked for, before they are fetched."""
+    """Requested weights, before they are fetched."""
 
     reference: str
     """As it was given, for people."""

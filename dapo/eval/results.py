@@ -1,4 +1,4 @@
-"""Verdicts prompt by prompt: what two models are compared by, on any machine, long after their answers are gone."""
+"""Verdicts prompt by prompt: the basis for comparing two models, on any machine, without their answers."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class Occasion:
 
 
 def occasion(champion: ModelVersion | None, data_key: str, code: str, because: str = "") -> Occasion:
-    """Train where somebody asks (a schedule, a person, an event), or where data or code changed since the champion.
+    """Train where it is requested (schedule, person, event), or where data or code changed since the champion.
 
     Args:
         champion: the model in use.
         data_key: of the data as it is now (`dapo.data.prepare.data_key`).
         code: digest of the training code as it is now (`dapo.observe.manifest.code_digest`).
-        because: the asker's reason; empty: nobody asked.
+        because: the reason of the request; empty: not requested.
     """
     if because:
         return Occasion(True, because)

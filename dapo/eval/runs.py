@@ -1,4 +1,4 @@
-"""Runs as MLflow remembers them: everything a comparison needs, also of runs on machines that are gone."""
+"""Runs as recorded in MLflow: everything a comparison needs, also of runs on machines that are gone."""
 
 from __future__ import annotations
 

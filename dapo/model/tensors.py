@@ -1,4 +1,4 @@
-"""What trainer and engines must agree on about a weight tensor: what it is stored with, and the sum that proves it."""
+"""What trainer and engines must agree on about weight tensors: fused modules and checksums."""
 
 from __future__ import annotations
 

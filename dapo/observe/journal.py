@@ -1,7 +1,7 @@
 """The journal: what a run did, one JSON object a line, append-only, in the run folder. The one record of a run.
 
 The training job writes it; the Prefect flow, the MLflow shipper and the report read it, each with an offset of its own.
-Nobody else is needed for training to go on.
+Training does not depend on any of them.
 
 Exactly once: an event of kind `step`, `validation` or `checkpoint` is written once per step. A resumed run redoes the
 steps after its checkpoint; what the journal already has of them is not written again.
@@ -72,7 +72,7 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Event]:
-    """All whole events from a byte offset on; a half line at the end (being written) is left for the next call."""
+    """All whole events from a byte offset on; an incomplete last line (being written) is left for the next call."""
     for event, _ in follow(path, offset):
         yield event
 

@@ -109,8 +109,8 @@ def code_digest(parts: Sequence[str] = TRAINING_CODE, reward: str = "") -> str:
 def reward_digest(function: str) -> str:
     """16 hex digits of the file of a user's reward, as it is now; not of what that file imports.
 
-    Empty for rewards of our package, which is hashed as a whole, and where there is no such file: whoever loads the
-    reward says so.
+    Empty for rewards of our package, which is hashed as a whole, and where there is no such file: loading the
+    reward then reports the error.
 
     Args:
         function: `module:name`.

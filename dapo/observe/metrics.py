@@ -1,4 +1,4 @@
-"""A step's records as the numbers that are logged. Every name stands in docs/metrics.md."""
+"""A step's records as the numbers that are logged. Every name is documented in docs/metrics.md."""
 
 from __future__ import annotations
 

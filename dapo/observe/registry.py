@@ -1,7 +1,7 @@
 """Models by reference: MLflow's registry knows where a checkpoint lies and what it is, never its gigabytes.
 
 Aliases: `challenger` is the latest candidate, `champion` the model in use, `previous-champion` the one before it.
-Moving an alias is one write to MLflow: whoever asks gets the old champion or the new one, never none. After a rollback
+Moving an alias is one write to MLflow: readers get the old champion or the new one, never none. After a rollback
 `champion` and `previous-champion` are the same version: there is nothing left to go back to.
 """
 
@@ -244,7 +244,7 @@ def one_sentence(uri: str) -> Iterator[None]:
 
 
 def _operator() -> str:
-    """Whoever runs this command, and where."""
+    """User and host that run this command."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # containers know no name for their user

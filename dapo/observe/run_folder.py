@@ -31,7 +31,7 @@ def run_id(config: RunConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths inside a run's folder. All are made by whoever writes first."""
+    """Paths inside a run's folder. Each is created by its first writer."""
 
     root: Path
 
@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def stop_request(self) -> Path:
-        """Exists while somebody asks the run to stop after saving a checkpoint."""
+        """Exists while the run is asked to stop after saving a checkpoint."""
         return self.root / "stop-request"
 
     @property

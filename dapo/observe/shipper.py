@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_PARAM_CHARS = 6000  # MLflow cuts longer values without a word
+MAX_PARAM_CHARS = 6000  # MLflow cuts longer values silently
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 

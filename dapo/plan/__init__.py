@@ -1,1 +1,1 @@
-"""What is planned and checked before a device is touched: the environment, and the packs of a step. No torch."""
+"""What is planned and checked before a device is used: the environment, and the packs of a step. No torch."""

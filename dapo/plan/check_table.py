@@ -1,4 +1,4 @@
-"""What a check of the environment says, and how many of them read as one table."""
+"""The result of one environment check, and a table of many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDER = {"fail": 0, "warn": 1, "ok": 2, "skip": 3}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question to the machine and its answer."""
+    """The result of one check."""
 
     name: str
     status: Status

@@ -1,4 +1,4 @@
-"""What this machine is: cores, memory, disks, limits, packages. Nothing is imported to be looked at."""
+"""What this machine is: cores, memory, disks, limits, packages. Packages are inspected without importing them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def size_by_name(config: RunConfig) -> Size | None:
 
 
 def size(count: float) -> str:
-    """Bytes for people: `1.5 GiB`, `2 MiB`."""
+    """Bytes, human-readable: `1.5 GiB`, `2 MiB`."""
     return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.0f} MiB"
 
 

@@ -192,7 +192,7 @@ def _ports() -> Check:
 
 
 def _links() -> Check:
-    """Device network: inside a node too, devices of different boards speak over it."""
+    """Device network: inside a node too, devices of different boards communicate over it."""
     tool = shutil.which("hccn_tool") or "/usr/local/Ascend/driver/tools/hccn_tool"
     if not os.access(tool, os.X_OK):
         return skip("NPU network", f"{tool} is not here (it runs on the host, as root)")

@@ -1,4 +1,4 @@
-"""Environment variables: which the seed recipe set in vain, which must fit together, which must be preloaded."""
+"""Environment variables: obsolete ones of the seed recipe, values that must fit together, preloaded libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging in worker processes: a deadline per item, a hard kill, and an outcome for whatever happens."""
+"""Grading in worker processes: a deadline per item, a hard kill, and an outcome for every failure."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class RewardPool:
 
 
 class _Worker:
-    """A process, what it was given and has not answered, and until when it may keep silent."""
+    """A process, its unanswered items, and its current deadline."""
 
     def __init__(self, function: str, deadline_s: float) -> None:
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One process that judges answers for `RewardPool`. Speaks JSON lines over its standard input and output.
+"""One process that grades answers for `RewardPool`; JSON lines over its standard input and output.
 
 The parent sends one line with the settings, then lines with lists of [response, answer]; every item is answered by a
 line of its own as soon as it is judged, so that the parent knows which one is running. Nothing is unpickled.

@@ -1,6 +1,6 @@
-"""vLLM-Ascend's facts that generation in reinforcement learning must know: each with its versions and its reason.
+"""Facts about vLLM-Ascend that matter for generation in RL, each with its versions and its reason.
 
-Nothing here runs without an NPU; `docs/ascend.md` says what was checked where.
+Nothing here runs without an NPU; `docs/ascend.md` lists what was tested where.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def set_environment(version: Version) -> None:
 
 
 def check_environment(version: Version, *, eager: bool) -> None:
-    """Refuse what is known to give wrong answers or to fail hours later.
+    """Refuse settings that are known to give wrong answers or to fail hours later.
 
     Raises:
         EnvironmentCheckError: lists every finding with its remedy.

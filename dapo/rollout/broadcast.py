@@ -1,7 +1,7 @@
 """Weights to engines on other devices: broadcast over a process group of their own.
 
 Engines that do not share the trainer's process (disaggregated placement, one-step-off-policy overlap) join a group with
-the trainer's rank 0. Who arranges it, a controller, does this:
+the trainer's rank 0. The controller arranges it like this:
 
 1. Trainer rank 0 chooses `rendezvous` ("host:port", free). With E engine processes the group has 1 + E members:
    the trainer's rank 0 is member 0, the engines are 1 to E. All call `Broadcast(rendezvous, member, 1 + E, device)` at

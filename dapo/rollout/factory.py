@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for, made ready for one worker."""
+"""Builds the engine of a configuration for one worker."""
 
 from __future__ import annotations
 

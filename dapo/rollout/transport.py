@@ -1,4 +1,4 @@
-"""Weights on their way into another process: one stream of buckets, whatever carries them.
+"""Weights into another process: one stream of buckets, for any carrier.
 
 A bucket is some whole tensors side by side in one piece of memory, and a header that says which. Two carriers:
 `dapo.rollout.ipc` (another process of this machine) and `dapo.rollout.broadcast` (other devices, other machines).

@@ -1,4 +1,4 @@
-"""What no engine may do, and the proof that it holds the trainer's weights."""
+"""Checks of an engine's responses, and the proof that it holds the trainer's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAME = 1e-6
 
 
 def check_completion(completion: Completion, vocab_size: int, banned: Collection[int] = ()) -> None:
-    """Refuse a response that no engine in order can have sampled.
+    """Refuse a response that a correct engine cannot have sampled.
 
     Raises:
         EngineError: it is empty, holds an id outside the vocabulary or a banned one, or a log-probability is not
@@ -51,7 +51,7 @@ def kept_sums(given: Mapping[str, float], unchanged: Collection[str]) -> dict[st
 
 
 def agreed_sums(of_workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What all workers of one engine say that they were given.
+    """The sums that all workers of one engine report.
 
     Raises:
         EngineError: one of them was given something else than the first.

@@ -1,7 +1,7 @@
-"""An engine in a process of its own that dies or hangs is an error, in time.
+"""An engine process that dies or hangs becomes an error in time.
 
-vLLM (0.23 to 0.32) notices that its core process died, but whoever is waiting for an answer then waits for ever: the
-thread that would bring it ends without a word (`SyncMPClient`). There is no public way to end that wait, so two private
+vLLM (0.23 to 0.32) notices that its core process died, but a caller that waits for an answer then waits for ever: the
+thread that would deliver it ends silently (`SyncMPClient`). There is no public way to end that wait, so two private
 attributes are used: `outputs_queue`, from which `step` reads, and `utility_results`, the futures of all other calls.
 """
 
@@ -137,7 +137,7 @@ class CoreWatch:
         return f"vLLM's process {', '.join(ended)} ended while it was needed; out of memory? Restart it"
 
     def _release(self) -> None:
-        """Let go whoever waits for an answer."""
+        """Release the callers that wait for an answer."""
         if self._asked is None:
             return
         gone = EngineError(str(self._fate))

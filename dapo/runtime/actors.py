@@ -1,4 +1,4 @@
-"""Ray actors: thin shells round the policy and the engine, one per device."""
+"""Ray actors: thin wrappers of the policy and the engine, one per device."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Actor:
             )
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams, begun: Begun) -> Iterator[list[Finished]]:
-        """What the engine wrote since the last time it was looked, at most every `STREAM_EVERY_S` seconds."""
+        """What the engine finished since the last call, at most every `STREAM_EVERY_S` seconds."""
         ended: list[Finished] = []
         sent = time.monotonic()
         for done in self.engine.stream(prompts, params, begun):
@@ -141,7 +141,7 @@ class Trainer(_Actor):
         self._join(rendezvous, 0, members, self.policy.device)
 
     def forget_engines(self) -> None:
-        """Other engines than before: the next sync sends everything."""
+        """The engines are new: the next sync sends everything."""
         self.weight_sync.forget()
 
     def send(self) -> Sent:

@@ -127,7 +127,7 @@ class Checkpoints:
             raise self.failure
 
     def resumed(self, path: Path) -> None:
-        """The run goes on from here. The journal learns of it if the run died before it could write it down."""
+        """The run resumes from here; the checkpoint's event is added to the journal if it is missing."""
         self._newest = step_of(path)
         self._tell(path, best(self.folder), seconds=0.0, waited=0.0)
 
@@ -144,7 +144,7 @@ class Checkpoints:
 
     @contextmanager
     def _alarmed(self, step: int, name: str, message: str) -> Iterator[None]:
-        """What goes wrong here must not end a training whose checkpoint is good."""
+        """An error here must not end a training whose checkpoint is good."""
         try:
             yield
         except (OSError, ValueError, DapoError) as error:
@@ -167,7 +167,7 @@ class Checkpoints:
 
 @dataclass
 class _Writing:
-    """The checkpoint on its way."""
+    """The checkpoint being written."""
 
     step: int
     controller: str
@@ -210,7 +210,7 @@ def seal(folder: RunFolder, step: int, controller: str, metrics: Mapping[str, fl
 
 
 def newest(folder: RunFolder, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; a damaged one is skipped, aloud, for the one before it."""
+    """The newest whole checkpoint; a damaged one is skipped with a warning, for the one before it."""
     for path in sorted(folder.checkpoints.glob("step-*"), reverse=True):
         fault = damage(path)
         if fault is None:

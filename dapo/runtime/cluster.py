@@ -1,7 +1,7 @@
 """Where the training job runs: a cluster at an address, or a Ray head on this machine that we start and can end.
 
 The local head is detached from whoever started it: training goes on when the flow, its worker or the terminal dies, and
-the next flow finds it by the state file in `run_root`. It listens on loopback only and asks for a token of its own.
+the next flow finds it by the state file in `run_root`. It listens on loopback only and requires a token of its own.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def stop_local(config: RunConfig) -> list[processes.Process]:
 
 
 def state_folder(config: RunConfig) -> Path:
-    """Where the local head is remembered."""
+    """Folder of the local head's record."""
     return Path(config.run_root).resolve() / ".ray"
 
 
@@ -259,6 +259,6 @@ def _living(head: LocalHead, besides: int | None) -> tuple[int, ...]:
 
 
 def _clean(env: os._Environ[str]) -> dict[str, str]:
-    """Our environment without what points Ray at another cluster."""
+    """Our environment without variables that point Ray at another cluster."""
     other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
     return {k: v for k, v in env.items() if k not in other}

@@ -1,4 +1,4 @@
-"""The DAPO step and the run around it, readable: no tensor, no device, no Ray in sight.
+"""The DAPO step and the run around it, without tensors, devices or Ray.
 
     collect_groups -> build_train_batch -> plan_packs -> old log-probs (reference) -> updates -> sync
 
@@ -187,7 +187,7 @@ class Controller:
             raise RunStopped(str(starved)) from starved
 
     def settle(self) -> None:
-        """The end of what is generated ahead; an engine that died meanwhile gets its weights by the step's sync."""
+        """Wait for generation ahead to end; an engine that died meanwhile gets its weights from the step's sync."""
         with self.phase("wait_for_engine"):
             try:
                 self.sampling.settle()
@@ -266,7 +266,7 @@ class Controller:
             self.mirror.put(path)
 
     def tell_mirror(self, last: bool = False) -> None:
-        """Uploads that failed are alarms; the last ones are waited for, but not long where somebody waits for us."""
+        """Failed uploads raise alarms; the last ones are waited for, but not long where a stop was requested."""
         if self.mirror is None:
             return
         if last:

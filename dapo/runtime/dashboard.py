@@ -15,7 +15,7 @@ TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 class DashboardAway(OSError):
-    """No answer, or not now. Training does not need the dashboard: ask again later."""
+    """The dashboard does not answer now. Training does not need it: ask again later."""
 
 
 class UnknownJob(KeyError):

@@ -53,7 +53,7 @@ class WeightDelivery:
         Returns:
             its metrics, with the probe's where there was one.
 
-        An engine that dies meanwhile is started anew and given everything, as often as `rollout.restarts` allows.
+        An engine that dies meanwhile is restarted and sent all weights, as often as `rollout.restarts` allows.
 
         Raises:
             EngineError: it died more often than that.

@@ -48,7 +48,7 @@ class DynamicSampling:
         self._postponed: list[int] = []
 
     def exhausted(self, version: int) -> bool:
-        """All epochs are used up, and what waits does not fill a step that trains policy version `version`."""
+        """All epochs are used up, and the waiting groups do not fill a step that trains policy version `version`."""
         return self._no_more_prompts and not self._filled and self.buffer.fresh(version) < self.buffer.prompts_per_step
 
     @property
@@ -71,7 +71,7 @@ class DynamicSampling:
 
     def begin_next(self, version: int) -> None:
         """One-step-off-policy (`rollout.ahead`): write the next step's groups while this step trains. Until `settle`
-        everything here belongs to the thread that writes.
+        everything here belongs to the generating thread.
 
         Args:
             version: policy version that will be trained on them: one more than the engine's.
@@ -82,12 +82,12 @@ class DynamicSampling:
         self._ahead = self._thread.submit(self._fill, version, restart=False)
 
     def settle(self) -> None:
-        """Wait for what is written ahead: nothing may write while the engine's weights change.
+        """Wait for generation ahead to end: nothing may be generated while the engine's weights change.
 
-        A run that is to stop ends it after the round under way; `collect` would go on with what is missing.
+        A run that is to stop ends it after the current round; `collect` would continue with the missing groups.
 
         Raises:
-            EngineError: the engine died meanwhile. What it had written is kept, the rest is asked again by `collect`.
+            EngineError: the engine died meanwhile. Its finished responses are kept; `collect` requests the rest again.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is None:

@@ -66,7 +66,7 @@ def on_ray(config: RunConfig) -> bool:
 def _cluster(config: RunConfig) -> Dashboard | None:
     """Where it runs as a job; None: in a process here.
 
-    One device needs no cluster, but has to wait for a training that holds it: where a Ray runs here, that is known.
+    One device needs no cluster, but has to wait for a training that holds it: a local Ray knows that.
     """
     from dapo.runtime.cluster import connect, find_local
 
@@ -124,7 +124,7 @@ def _run_as_ray_job(
 
 
 def _waiting(progress: Progress) -> Callable[[ClusterHolder], None]:
-    """Says for whom, at once and then more and more rarely."""
+    """Reports the run ahead, at once and then at growing intervals."""
     reported_at, pause_s = float("-inf"), 0.0
 
     def waiting(ahead: ClusterHolder) -> None:

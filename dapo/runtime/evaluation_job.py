@@ -1,7 +1,7 @@
 """The process that measures: `python -m dapo.runtime.evaluation_job FOLDER`, started by `dapo.runtime.evaluation`.
 
 One device: the engine lives in this process. Several, or a cluster at an address: the training's workers generate, as
-they do in validation. A killed evaluation goes on behind the last prompts it wrote down.
+they do in validation. A killed evaluation continues after the last prompts it saved.
 
 Exit code: 0 measured, 1 failed (error.json says why).
 """
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(folder: EvaluationFolder, config: RunConfig) -> None:
-    """Ask every held-out prompt, judge the answers, write results, metrics and the page."""
+    """Answer every held-out prompt, grade the answers, write results, metrics and the page."""
     from dapo import torchvision_cpu
 
     torchvision_cpu.install()
@@ -124,12 +124,12 @@ def _engine(config: RunConfig, weights: Path, processor: Any) -> Iterator[Stream
 
 
 def _give_up(error: EngineError) -> None:
-    """The answers so far are in the folder: who asks again goes on behind them."""
+    """The answers so far are in the folder: the next attempt continues after them."""
     raise error
 
 
 def _kept(folder: EvaluationFolder, prompts: Sequence[Prompt], samples: int) -> dict[str, RolloutGroup]:
-    """Groups an earlier attempt wrote down whole; a half line at the end is removed."""
+    """Groups that an earlier attempt saved whole; an incomplete last line is removed."""
     if not folder.answers.exists():
         return {}
     content = folder.answers.read_bytes()

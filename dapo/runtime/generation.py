@@ -1,4 +1,4 @@
-"""Prompts in, judged groups out: how a run samples, what happens when the engine dies, who grades."""
+"""From prompts to graded groups: sampling, restarts of the engine, grading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EngineClient(StreamingEngine, Protocol):
 
 
 class Grader(Protocol):
-    """`dapo.rewards.pool.RewardPool`, or anything that judges (response, answer) pairs in order."""
+    """`dapo.rewards.pool.RewardPool`, or anything that grades (response, answer) pairs in order."""
 
     replaced: int
     """Its processes that hung or died and were replaced."""
@@ -66,11 +66,11 @@ class OpenGroup:
 
     def token_ids(self, sample: int) -> tuple[int, ...]:
         completion = self.completions[sample]
-        assert completion is not None, "only what was written is judged"
+        assert completion is not None, "only generated responses are graded"
         return completion.token_ids
 
     def forget(self, older_than: int) -> None:
-        """Begin anew where a response was begun too long ago."""
+        """Discard responses that were begun too many policy versions ago."""
         if any(c is not None and c.policy_version < older_than for c in self.completions):
             self.completions = [None] * len(self.completions)
             self.outcomes.clear()
@@ -84,7 +84,7 @@ class OpenGroup:
         return RolloutGroup(self.prompt, rollouts, serial=self.serial)
 
     def to_plain(self) -> dict[str, Any]:
-        """For a checkpoint; verdicts are asked for again."""
+        """For a checkpoint; responses are graded again after it is loaded."""
         written = [None if c is None else completion_to_plain(c) for c in self.completions]
         return {"prompt": prompt_to_plain(self.prompt), "serial": self.serial, "completions": written}
 
@@ -142,7 +142,7 @@ class Generation:
         return groups
 
     def validation_groups(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Held-out prompts, answered and judged, however many checks failed."""
+        """Held-out prompts, answered and graded, however many checks failed."""
         params = self.validation()
         return self._round([OpenGroup(p, 0, [None] * params.n) for p in prompts], params, "validate", restart=True)
 
@@ -155,7 +155,7 @@ class Generation:
     def _round(
         self, asked: Sequence[OpenGroup], params: SamplingParams, phase: str, restart: bool
     ) -> list[RolloutGroup]:
-        """The groups that are complete, in the order asked. Responses are judged while others are still written."""
+        """The groups that are complete, in the order asked. Responses are graded while others are still generated."""
         with ThreadPoolExecutor(1, "reward") as grader:  # it waits for the judging processes
             verdicts: list[Future[None]] = []
             waiting = [(group, i) for group in asked for i, c in enumerate(group.completions) if c and c.finished]

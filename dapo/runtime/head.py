@@ -1,4 +1,4 @@
-"""What is remembered of a Ray head on this machine (`head.json` in its state folder), and what runs on it."""
+"""The record of a Ray head on this machine (`head.json` in its state folder), and the jobs on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODULES = {"dapo.runtime.job": TRAINING, "dapo.runtime.evaluation_job": EVALUAT
 
 @dataclass(frozen=True, slots=True)
 class LocalHead:
-    """A Ray head of ours, as remembered in its state file."""
+    """A Ray head of ours, as recorded in its state file."""
 
     address: str
     mark: str
@@ -51,7 +51,7 @@ def remembered(place: Path) -> LocalHead | None:
 
 
 def remember(place: Path, head: LocalHead) -> None:
-    """Replace what is remembered, whole or not at all."""
+    """Replace the record atomically."""
     write_whole(place / "head.json", json.dumps(asdict(head)))
 
 
@@ -68,7 +68,7 @@ def locked(place: Path) -> Iterator[None]:
 
 
 def answering(place: Path, head: LocalHead) -> Dashboard | None:
-    """Its dashboard; None while it says nothing."""
+    """Its dashboard; None while it does not answer."""
     dashboard = Dashboard(head.address, (place / "token").read_text(), local=True)
     try:
         dashboard.version()
@@ -78,7 +78,7 @@ def answering(place: Path, head: LocalHead) -> Dashboard | None:
 
 
 def jobs(place: Path, head: LocalHead) -> list[LiveJob]:
-    """What runs on it: by its own word, or by its processes where it says nothing."""
+    """Jobs on it: from its dashboard, or from its processes where that does not answer."""
     dashboard = answering(place, head)
     if dashboard is not None:
         with contextlib.suppress(DashboardAway):

@@ -1,7 +1,7 @@
 """The training job: `python -m dapo.runtime.job RUN_FOLDER`, run by Ray Jobs on the cluster.
 
-Reads the run folder's configuration and inputs, writes its journal and checkpoints, and needs nobody else: neither the
-flow that submitted it nor a Prefect or MLflow server.
+Reads the run folder's configuration and inputs, writes its journal and checkpoints, and depends on nothing else: not
+the flow that submitted it, nor a Prefect or MLflow server.
 
 Exit code: 0 finished or stopped on request, 1 failed (the journal's last event says why).
 """
@@ -117,7 +117,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
 
 
 def _stop(folder: RunFolder, *_: object) -> None:
-    """A stop with a checkpoint; asked before, and not done by now, an end at once: a canceller waits 30 s, not more."""
+    """Stop with a checkpoint; on a second signal end at once, because a canceller waits 30 s, not more."""
     if folder.stop_request.exists():
         log.error("ended without a checkpoint: it was asked to stop, and then told to")
         os._exit(1)
@@ -125,7 +125,7 @@ def _stop(folder: RunFolder, *_: object) -> None:
 
 
 def cost_model(weights: Path) -> CostModel | None:
-    """What balances packs: FLOPs of the model in `weights`; None (tokens) for a family whose layers are not known."""
+    """The cost that balances packs: FLOPs of the model in `weights`; None (tokens) for an unknown model family."""
     model = json.loads((weights / "config.json").read_text())
     flops = ModelFlops.of(model["model_type"], model.get("text_config", model), model.get("vision_config"))
     return CostModel.of(flops) if flops else None

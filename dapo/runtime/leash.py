@@ -20,7 +20,7 @@ _LAST_BYTES = 2000
 
 
 class LeashedProcess(subprocess.Popen[bytes]):
-    """A Python module in a process and a session of its own: a Ctrl-C of the terminal is answered by us.
+    """A Python module in a process and a session of its own: a Ctrl-C of the terminal reaches only the parent.
 
     Args:
         command: what follows `python -m`: `dapo.runtime.leash` and a module, or a module that calls `end_with_parent`.

@@ -1,7 +1,7 @@
-"""Checkpoints in object storage: every whole one is copied to `train.mirror`, a machine without any resumes from it.
+"""Checkpoints in object storage: every whole one is copied to `train.mirror`, from where other machines resume.
 
 Layout of ``<mirror>/<run id>/``: checkpoints/step-NNNNNN as in the run folder, and records/ with the journal and how
-much MLflow and Prefect have received. A checkpoint's manifest.json is uploaded last: what has none is not a checkpoint.
+much MLflow and Prefect have received. A checkpoint's manifest.json is uploaded last: it makes the checkpoint valid.
 Training never waits for an upload, except at its end, and never fails for one: an upload that fails is an alarm.
 """
 
@@ -67,7 +67,7 @@ class Mirror:
         return found
 
     def finish(self, limit_s: float | None = None) -> None:
-        """Wait for what is waiting; after `limit_s` seconds it is left for the next start, which is a problem."""
+        """Wait for pending uploads; after `limit_s` seconds they are left for the next start: a problem."""
         self._waiting.put(None)
         waited = 0.0
         while self._thread.is_alive():
@@ -113,7 +113,7 @@ class Mirror:
         return None
 
     def _download(self, name: str, manifest: dict[str, Any]) -> str | None:
-        """Why it could not be had whole; None where it could."""
+        """Why it could not be downloaded whole; None on success."""
         final = self.folder.checkpoints / name
         temporary = final.with_name(f".writing-{name}")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +179,7 @@ class Mirror:
                 self._remove(place)
 
     def _remove(self, place: str) -> None:
-        """The manifest first: what is half removed is no checkpoint."""
+        """The manifest first: a half-removed folder then is no checkpoint."""
         self._try(self.remote.remove, f"{place}/{MANIFEST}")
         self._try(self.remote.remove, place)
 

@@ -14,7 +14,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process and the moment it was born, so that a number used again is not taken for it."""
+    """A process and the moment it was born, so that a reused process number is not mistaken for it."""
 
     pid: int
     parent: int
@@ -84,7 +84,7 @@ def command(pid: int) -> list[str]:
 
 
 def end(processes: list[Process], grace_s: float = 5.0) -> list[Process]:
-    """SIGTERM, wait, SIGKILL; returns those that live on all the same."""
+    """SIGTERM, wait, SIGKILL; returns those that are still alive."""
     _signal(processes, signal.SIGTERM)
     if not _gone(processes, grace_s):
         _signal(processes, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The training job of a run: submit it or find it running, follow its journal, start it again when it crashed, stop it.
 
-The journal in the run folder is the only thing read from the job; Ray is asked only whether the job is still there.
+Progress is read from the journal in the run folder only; Ray is asked only whether the job still exists.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class RayJob:
         found = self.running()
         waited_until = time.monotonic() + LEAVE_S
         while found and ended(self.run) is not None and time.monotonic() < waited_until:
-            # It has said its last word and only has to leave; or it is new and has not said its first.
+            # It has written its `ended` event and is about to exit; or it is new and has written nothing yet.
             time.sleep(POLL_S)
             found = self.running()
         if found:
@@ -145,7 +145,7 @@ class RayJob:
     ) -> Iterator[tuple[Event, int]]:
         """Events from `offset` on, each with the offset behind it, to the end of the run.
 
-        A job that is gone without a last word is started again, `ray.restarts` times.
+        A job that is gone without an `ended` event is started again, `ray.restarts` times.
 
         Args:
             offset: where reading begins; earlier attempts' events are given too.
@@ -162,7 +162,7 @@ class RayJob:
                 offset, last_word = behind, time.monotonic()
                 yield event, behind
                 if event.kind == "ended" and behind > self._fence:
-                    idle()  # whoever asked is heard before the job is started again
+                    idle()  # a stop request is seen before the job is started again
                     if event.data["status"] != "failed" or asked_to_stop():
                         return
                     if not self._worth_another_try(event.data, restarts):
@@ -197,7 +197,7 @@ class RayJob:
             self.run.stop_request.write_text(reason + "\n")
 
     def kill(self) -> None:
-        """End the job whatever it does; the next start goes on from its last checkpoint."""
+        """End the job at once; the next start continues from its last checkpoint."""
         try:
             self.cluster.stop(self.id)
         except (DashboardAway, UnknownJob) as error:
@@ -274,7 +274,7 @@ class RayJob:
 
 
 def ended(run: RunFolder) -> Event | None:
-    """The last word of the run's newest attempt; None while it has none."""
+    """The `ended` event of the run's newest attempt; None while it has none."""
     last: Event | None = None
     for event in read(run.journal):
         if event.kind in ("started", "ended"):

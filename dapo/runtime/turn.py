@@ -1,6 +1,6 @@
-"""One at a time on a cluster, a training or an evaluation that needs devices: who has it, since when, how far it is.
+"""One training or evaluation with devices at a time per cluster: which one holds it, since when, and its progress.
 
-The cluster itself is asked, not a lease: a job that died has no claim, whatever became of its flow.
+The cluster's job list decides, not a lock: a job that died holds nothing, whatever became of its flow.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def cluster_holder(cluster: Dashboard, run: RunFolder, job: str = "") -> Cluster
 
 @contextlib.contextmanager
 def looking(config: RunConfig) -> Iterator[None]:
-    """Between a look at the cluster and the submission nobody else of this `run_root` submits."""
+    """A lock from the look at the cluster to the submission, against others of this `run_root`."""
     root = Path(config.run_root).resolve()
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".submitting"):

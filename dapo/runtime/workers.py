@@ -1,4 +1,4 @@
-"""The fan-out over all actors: their life, their calls, each with a deadline, and what goes wrong as one sentence."""
+"""All actors of a run: start, restart, calls with a deadline, and failures as one sentence each."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Workers:
         return places
 
     def restart_engines(self) -> None:
-        """Engines on devices of their own get new processes, whatever became of the old ones.
+        """Start new processes for engines on devices of their own, whatever became of the old ones.
 
         Raises:
             EngineError: they do not start. The configuration is not to blame, for it started them before: the memory of

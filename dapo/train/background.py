@@ -1,4 +1,4 @@
-"""Writing beside the training: what must not make a step wait for a disk."""
+"""Background writes, so that a training step does not wait for a disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from threading import Thread
 
 
 class Background:
-    """Runs writes in threads of their own; what they raise is raised where their end is asked for."""
+    """Runs writes in threads of their own; their errors are raised by `finish`."""
 
     def __init__(self) -> None:
         self._threads: list[Thread] = []

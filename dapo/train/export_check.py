@@ -1,6 +1,6 @@
-"""Whether an export is what was trained: gathered right, written right, and read so by plain transformers.
+"""Verifies an export: gathered right, written right, and loaded the same by plain transformers.
 
-All of it is bit for bit. Written apart from what it checks: what the hub's layout is stands here a second time.
+All of it is bit for bit. Independent of the code it checks: the hub's layout is defined here a second time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What outlives a policy's process: sharded state and exports, written beside its training."""
+"""Sharded state and exports of a policy, written in the background."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PolicyWriter:
             self._writing.start(partial(export.write, folder, self.source, snapshot), "export")
 
     def written(self, *, wait: bool) -> bool:
-        """Whether everything begun is on disk and compared; what it was is forgotten then.
+        """Whether everything begun is on disk and compared; if so, it is forgotten.
 
         Raises:
             CheckpointError: it could not be written or is not what was trained; the folders are of no use.

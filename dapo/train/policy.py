@@ -26,7 +26,7 @@ class UpdateResult:
 
 
 class Policy(Protocol):
-    """The model being trained, whatever it is spread over."""
+    """The model being trained, on one device or many."""
 
     def logprobs(self, batch: TrainBatch, plan: PackPlan) -> LogProbs:
         """Of the current weights, for every sequence; changes nothing."""

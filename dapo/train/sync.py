@@ -1,4 +1,4 @@
-"""From the trainer's shards to an engine: only what changed since it got it last, timed, ready to be compared."""
+"""From the trainer's shards to an engine: only what changed since the last sync, with timings and fingerprints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sent:
 
 
 class WeightSync:
-    """What this rank's engines hold, and how they get the rest. All ranks make the same calls."""
+    """State of this rank's engines, and the sync that updates them. All ranks make the same calls."""
 
     def __init__(self, policy: FsdpPolicy) -> None:
         self.policy = policy

@@ -84,7 +84,7 @@ def test_what_was_written_is_found_again_whole(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["missing", "short", "changed", "no manifest"])
-def test_a_damaged_one_is_skipped_aloud_for_the_one_before(tmp_path, harm):
+def test_a_damaged_one_is_skipped_with_a_warning_for_the_one_before(tmp_path, harm):
     folder = RunFolder(tmp_path)
     good, bad = save(folder, 1), save(folder, 2)
     victim = bad / "weights.bin"
