@@ -58,7 +58,7 @@ def test_every_command_explains_itself(command, capsys):
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError, 2), (EnvironmentCheckError, 2), (TrainingError, 1), (EngineError, 1)]
 )
-def test_what_broke_is_told_from_what_was_refused(error, code, monkeypatch, capsys):
+def test_what_broke_is_distinguished_from_what_was_refused(error, code, monkeypatch, capsys):
     def ends(arguments):
         raise error("a sentence")
 

@@ -136,7 +136,7 @@ def test_sampled_frequencies_follow_the_distribution(
     assert chi_squared < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_truncation_is_told_from_stopping(engine_of: Engines, processor_of: Processors) -> None:
+def test_truncation_is_distinguished_from_stopping(engine_of: Engines, processor_of: Processors) -> None:
     processor, engine = processor_of("dense"), engine_of("dense")
     prompts = make_prompts(processor, 4)
     params = sampling(processor, max_tokens=6)

@@ -134,7 +134,7 @@ def test_a_response_written_in_rounds_is_the_response_of_one_round(
 
 
 @pytest.mark.usefixtures("trainer")
-def test_truncation_is_told_from_stopping(engine: VllmEngine, processor: PromptProcessor) -> None:
+def test_truncation_is_distinguished_from_stopping(engine: VllmEngine, processor: PromptProcessor) -> None:
     params = sampling(processor, max_tokens=6)
     out = [one for group in engine.generate(make_prompts(processor), params) for one in group]
     assert {one.finish_reason for one in out} == {FinishReason.STOP, FinishReason.LENGTH}

@@ -125,7 +125,7 @@ def test_what_was_written_before_goes_to_the_replica_that_answers():
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_that_dies_is_told_from_one_that_hangs_and_what_came_before_is_given():
+def test_a_worker_that_dies_is_distinguished_from_one_that_hangs_and_what_came_before_is_given():
     came = []
     with pytest.raises(TrainingError, match="worker process trainer-0 died during generation"):
         came.extend(engine_of(1).stream(prompts("a", "dies"), PARAMS))
