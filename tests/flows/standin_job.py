@@ -37,7 +37,6 @@ def main() -> int:
         attempt=attempt,
         total_steps=steps,
         derived=config.derived(),
-        resumed_from=first,
     )
     sys.stdout.write(f"stand-in job, attempt {attempt}\n")
     if first == 0:

@@ -13,6 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Completed, Pending, Running
 
 from dapo.errors import TrainingError
+from dapo.observe.journal import read
 from dapo.runtime.ray_job import ended
 from flows import down
 from flows.up import Stack
@@ -92,6 +93,8 @@ def test_a_training_that_takes_longer_is_named(ray, shared, stack, flow_run):
     run, config = make_run(shared / "runs", "stubborn", STANDIN_SECONDS="600")
     job = job_of(ray, run, config)
     job.start()
+    while not any(event.kind == "progress" for event in read(run.journal)):  # in the midst of its step
+        time.sleep(0.1)
     with pytest.raises(TrainingError, match=f"^{run.id} did not stop within 1 s"):
         down._stop_trainings(stack, True, 1.0)
     job.end()
