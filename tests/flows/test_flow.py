@@ -126,7 +126,7 @@ def test_run_from_the_beginning_goes_on_in_later_attempts_of_its_flow_run(root):
             states.append(run_flow(dapo, client.read_flow_run(one), {"config": config}, return_type="state"))
     assert [state.name for state in states] == ["Failed", "Completed", "Completed"]
     folder = RunFolder.of(config)
-    started = [(e.data["attempt"], e.data["resumed_from"]) for e in read(folder.journal) if e.kind == "started"]
+    started = [(e.data["attempt"], e.step) for e in read(folder.journal) if e.kind == "started"]
     assert started == [(1, 0), (2, 2)], "the crashed run goes on, and the finished one is not trained again"
     assert not list(folder.root.parent.glob(f"{folder.id}.before-*"))
 

@@ -76,7 +76,7 @@ def test_killed_job_is_started_again_and_goes_on_from_its_checkpoint(ray, root):
     job.start()
     events = list(job.follow())
     assert job.id.endswith("-2")
-    started = [(e.data["attempt"], e.data["resumed_from"]) for e, _ in events if e.kind == "started"]
+    started = [(e.data["attempt"], e.step) for e, _ in events if e.kind == "started"]
     assert started == [(1, 0), (2, 2)]
     assert [e.step for e, _ in events if e.kind == "step"] == [1, 2, 3, 4]
 
