@@ -66,17 +66,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     status = commands.add_parser(
-        "status", help="list the runs here, or say how one is doing", description="Runs and how far they are."
+        "status", help="list the runs here, or show the progress of one", description="Runs and their progress."
     )
     _add_run(status, required=False)
     status.set_defaults(command=_status)
 
-    reward = commands.add_parser("reward", help="test a reward function", description="What concerns rewards.")
+    reward = commands.add_parser("reward", help="test a reward function", description="Commands for rewards.")
     actions = reward.add_subparsers(required=True, metavar="ACTION")
     test = actions.add_parser(
         "test",
         help="check a reward before a run trusts it",
-        description="Judge known, empty, huge and strange responses with a reward, in a process of its own as in "
+        description="Grade known, empty, huge and strange responses with a reward, in a process of its own as in "
         "training. Exit code 1 where a check fails.",
     )
     test.add_argument("function", nargs="?", help="module:name (default: that of a configuration without one)")
@@ -132,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
             import traceback
 
             traceback.print_exc()
-            raise _Unexpected(f"unexpected {type(error).__name__}: {error}. The whole story: {log}") from error
+            raise _Unexpected(f"unexpected {type(error).__name__}: {error}. Trace in {log}") from error
         finally:
             view.stop()
         for line in closing(folder, config):

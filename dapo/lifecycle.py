@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     )
     retrain.add_argument("config", help="YAML file; mlflow.registered_model names the model")
     retrain.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys over the file")
-    retrain.add_argument("--because", default="", metavar="REASON", help="train in any case, and remember why")
+    retrain.add_argument("--because", default="", metavar="REASON", help="train in any case, and record why")
     retrain.add_argument(
         "--gate", nargs="+", default=[], metavar="key=value", help="for the comparison only, as validation.samples=8"
     )
@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
 
     compare = commands.add_parser(
         "compare",
-        help="put runs side by side: one page",
+        help="compare runs on one page",
         description="Compare runs from what MLflow knows of them: what differs, metrics at equal steps, responses and "
         "device-hours, paired intervals over prompts, cost per point, curves, slices.",
     )
@@ -62,7 +62,7 @@ def add_commands(commands: Any) -> None:
     register = commands.add_parser(
         "register",
         help="register a run's checkpoint by reference",
-        description="Register a checkpoint: MLflow learns where it lies and what it is; nothing is copied.",
+        description="Register a checkpoint: MLflow records its path and description; nothing is copied.",
     )
     register.add_argument("checkpoint", type=Path, help="folder RUN/checkpoints/step-..., or a run's folder: its best")
     register.add_argument("name", help="registered model")
@@ -81,12 +81,12 @@ def add_commands(commands: Any) -> None:
 
     rollback = commands.add_parser(
         "rollback",
-        help="give the champion's place back to the one before",
+        help="make the previous champion the champion again",
         description="The previous champion is the champion again, in one write; who, when and why is kept with the "
         "version that was taken back. A second one in a row is refused: `dapo promote` brings a version back.",
     )
     rollback.add_argument("name", help="registered model")
-    rollback.add_argument("--reason", default="", help="kept with the version that is taken back")
+    rollback.add_argument("--reason", default="", help="kept with the version that is rolled back")
     _add_store(rollback)
     rollback.set_defaults(command=_rollback)
 

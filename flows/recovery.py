@@ -76,7 +76,7 @@ def sweep() -> list[str]:
     with get_client(sync_client=True) as client:
         active = FlowRunFilterStateType(any_=list(_ACTIVE))
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=active))):
-            # Asked again: it may have ended well between the list and the look at its process.
+            # Read again: it may have ended normally since the list was read.
             if _gone(run) and _is_active(now := client.read_flow_run(run.id)):
                 _close(client, now)
                 closed.append(run.name)

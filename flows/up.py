@@ -107,7 +107,7 @@ class Stack:
     def up(self, mlflow_port: int) -> None:
         """Start what does not answer, register all deployments."""
         with self.locked():
-            # Both are looked at before either is started, and both start at the same time.
+            # Both are looked up before either is started, and both start at the same time.
             starts = [start for start in (self._find_server(), self._find_mlflow(mlflow_port)) if start]
             for wait in [start() for start in starts]:
                 wait()

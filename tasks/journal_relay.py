@@ -152,7 +152,7 @@ class JournalRelay:
                     break
             else:
                 begun = time.monotonic()
-                log.warning("the Prefect server is away; %d task runs wait for its word", len(self._pending))
+                log.warning("the Prefect server does not answer; %d task runs are not confirmed", len(self._pending))
                 time.sleep(_CONFIRM_EVERY_S)
             time.sleep(0.2)
         if self._pending:

@@ -100,6 +100,6 @@ def _in_mlflow(folder: RunFolder, offset: int) -> str:
             break
         time.sleep(1.0)
     else:
-        get_run_logger().warning("MLflow has not got this yet; it is sent when it answers again")
+        get_run_logger().warning("MLflow has not received this yet; it is sent when it answers again")
     address = page(folder)
     return f" - [MLflow]({address})" if address else ""

@@ -88,7 +88,7 @@ def _train(config: RunConfig, data: Path, weights: Path, log: Any) -> str:
     finally:
         records.finish()
         if not shipper.close():
-            log.warning("MLflow has not got everything; the next run of this configuration sends the rest")
+            log.warning("MLflow has not received everything; the next run of this configuration sends the rest")
 
 
 def stopped(config: RunConfig) -> State[Any]:
@@ -125,7 +125,7 @@ def stop_running_job(config: RunConfig) -> None:
     if found := job.running():
         job.id = found
         if config.ray.cancel != "now":
-            # Asked by Ray alone it has as long as that cluster's head was started with: 3 s, where nobody said more.
+            # Asked by Ray alone it has as long as that cluster's head was started with: 3 s by default.
             job.request_stop("the flow run was cancelled")
             if job.wait(STOP_GRACE_S):
                 return

@@ -39,7 +39,7 @@ class CancelWatcher:
 
     def __init__(self, *flow_run_ids: str | None, every_s: float = 5.0, interrupt: bool = False) -> None:
         self.flow_run_ids, self.every_s = [UUID(one) for one in flow_run_ids if one], every_s
-        # Elsewhere nobody catches it: Prefect's handler is the main thread's.
+        # In other threads nothing catches it: Prefect's handler is the main thread's.
         self.interrupt = interrupt and threading.current_thread() is threading.main_thread()
         self.cancelled = threading.Event()
         self._end = threading.Event()

@@ -1,4 +1,4 @@
-"""The algorithm's numbers. Defaults are the recipe's: DAPO as run on Geometry3K."""
+"""The algorithm's settings. Defaults are the recipe's: DAPO as run on Geometry3K."""
 
 from __future__ import annotations
 
@@ -128,13 +128,13 @@ class SamplingFilterConfig(Frozen):
     """Surplus kept groups are carried over while at most this many policy versions old (a step is one version)."""
     safety: NonNegative = 1.0
     """A round is sized to fill the step at the measured keep rate with so many standard deviations to spare
-    (1.0: five rounds in six). What is too much waits for the next step."""
+    (1.0: five rounds in six). The surplus waits for the next step."""
     largest_round: Annotated[float, Field(ge=1)] = 8.0
     """No round has more than this many times `prompts_per_step` prompts."""
     revisit: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """A prompt whose groups all agreed the last z times it was asked is asked again with probability
+    """A prompt whose groups all agreed the last z times it was sampled is sampled again with probability
     revisit ** min(z, 4) (selective rollouts, after arXiv 2506.02177): never less than 24 % by default. 1.0: always,
-    as in the paper. Saves about a third of generation from the second epoch on; nothing where none comes twice."""
+    as in the paper. Saves about a third of generation from the second epoch on; nothing in the first."""
     min_prompts_share: Fraction = 0.25
     """Starvation: a step of at least this share of `prompts_per_step` is trained with exact denominators."""
     patience_rounds: Annotated[int, Field(ge=0)] = 8
@@ -167,7 +167,7 @@ class AlarmConfig(Frozen):
 
 
 class AlgorithmConfig(Frozen):
-    """What the step computes."""
+    """What a training step computes."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """grpo: (R - mean) / std in the group; dr_grpo: without the division; rloo: against the mean of the others."""

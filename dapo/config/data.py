@@ -43,7 +43,7 @@ DataSource = Annotated[HubData | FolderData | SyntheticData, Field(discriminator
 
 
 class DataConfig(Frozen):
-    """What is asked."""
+    """Source and preparation of prompts."""
 
     source: DataSource = SyntheticData()
     instruction: str = (
@@ -64,7 +64,7 @@ class DataConfig(Frozen):
 
 
 class RewardConfig(Frozen):
-    """How answers are judged. reward = accuracy_weight * accuracy + format_weight * format + overlong."""
+    """How answers are graded. reward = accuracy_weight * accuracy + format_weight * format + overlong."""
 
     function: str = "dapo.rewards.geometry3k:grade"
     """`module:name` of a function (response, answer) -> Scored or number, or of a class whose instances are one."""

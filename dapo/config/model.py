@@ -1,4 +1,4 @@
-"""Which model, at which precision, spread over which devices, updated how."""
+"""The model: source, precision, parallelism, optimiser."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ModelSource = Annotated[HubModel | FolderModel | TinyModel, Field(discriminator=
 
 
 class ParallelConfig(Frozen):
-    """How the training is spread."""
+    """How training is distributed over devices."""
 
     world_size: Count = 1
     """Training processes, one per device."""

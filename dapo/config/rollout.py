@@ -26,11 +26,11 @@ class RolloutConfig(Frozen):
     ahead: bool = False
     """One-step-off-policy: generate the next step's groups while this one is trained on. Needs `devices`."""
     finish_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Partial rollouts: a round ends when this share of its groups is complete, and what is unfinished goes on in the
-    next round, with the weights of then. 1.0: every round is generated to its end."""
+    """Partial rollouts: a round ends when this share of its groups is complete, and unfinished responses continue in
+    the next round with its weights. 1.0: every round is generated to its end."""
     separate_process: bool = False
     """vLLM in a process of its own beside the one that uses it and hands it weights through shared memory (CUDA: IPC):
-    it can die, and be started again, without the trainer. Not with `tensor_parallel` above 1."""
+    it can die and be restarted without the trainer. Not with `tensor_parallel` above 1."""
     tensor_parallel: Count = 1
     expert_parallel: bool = False
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.7

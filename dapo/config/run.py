@@ -25,14 +25,14 @@ class BatchConfig(Frozen):
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt (G)."""
     prompts_per_round: Count | None = None
-    """Prompts of the first generation round; null: as many as the measured keep rate asks for."""
+    """Prompts of the first generation round; null: as many as the measured keep rate requires."""
     max_response_tokens: Count = 2048
     tokens_per_pack: Count = 3072
     """Token budget of one forward pass of one sequence-parallel group."""
 
 
 class TrainConfig(Frozen):
-    """How long, and what happens on the way."""
+    """Length of the training, validation and checkpoints."""
 
     steps: Count = 100
     epochs: Count = 30
@@ -58,7 +58,7 @@ class RayConfig(Frozen):
     address: str | None = None
     """Dashboard address of a cluster (http://host:8265); null: a Ray on this machine, started if there is none."""
     token_env: str = "RAY_AUTH_TOKEN"
-    """Name of the environment variable that holds the cluster's token, where it asks for one."""
+    """Name of the environment variable that holds the cluster's token, where it requires one."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the job and all its workers (goes by runtime_env)."""
     preload: dict[str, str] = Field(default_factory=dict)

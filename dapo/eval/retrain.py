@@ -58,7 +58,7 @@ def training_config(config: RunConfig, champion: ModelVersion | None, stamp: str
             and it is the seed: with the old one an unchanged retraining would repeat the last one to the bit.
     """
     changes: dict[str, Any] = {"name": f"{config.name}-retrain-{stamp}", "seed": int(stamp, 16) % 2**31}
-    # Its name is new: there is nothing to begin anew, but there is when the flow run is retried.
+    # Its name is new, so there is no earlier run to replace, except when the flow run is retried.
     changes["train"] = config.train.model_copy(update={"resume": "auto"})
     if champion is not None:
         source = FolderModel(path=str(champion.folder))

@@ -121,7 +121,7 @@ class Shipper:
                 # MLflow's client raises its own, requests', SQLAlchemy's and OS errors; the answer to all is: later.
                 pause = min(pause * 2, 300.0)
                 log.warning(
-                    "MLflow at %s is away (%s: %s); the journal keeps everything, next try in %.0f s",
+                    "MLflow at %s does not answer (%s: %s); the journal keeps everything, next try in %.0f s",
                     *(self.uri, type(error).__name__, str(error).splitlines()[0] if str(error) else "", pause),
                 )
             if last:

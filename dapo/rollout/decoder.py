@@ -203,7 +203,7 @@ class Decoder:
         prompt = []
         for index, layer in enumerate(self.layers):
             q, k, v = (t.view(groups, width, -1, layer.head_dim).transpose(1, 2) for t in layer.project(x, cos, sin))
-            # Padding stands behind every real token, so the causal mask alone keeps it out of their sight.
+            # Padding follows every real token, so the causal mask alone hides it from them.
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
             attended = attended.transpose(1, 2).reshape(groups * width, -1)
             prompt.append((k.contiguous(), v.contiguous()))

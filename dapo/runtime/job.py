@@ -119,7 +119,7 @@ def train(folder: RunFolder, config: RunConfig, journal: Journal) -> int:
 def _stop(folder: RunFolder, *_: object) -> None:
     """Stop with a checkpoint; on a second signal end at once, because a canceller waits 30 s, not more."""
     if folder.stop_request.exists():
-        log.error("ended without a checkpoint: it was asked to stop, and then told to")
+        log.error("ended without a checkpoint: SIGTERM came before the requested stop was done")
         os._exit(1)
     folder.stop_request.write_text("the job received SIGTERM\n")
 

@@ -91,7 +91,7 @@ class RayJob:
                     other = self._ahead(submitted)
                     if other is None and not submitted:
                         submitted = self._start()
-                        # Who submits from another `run_root` looked at the same moment: the later one withdraws.
+                        # Another `run_root` may have looked at the same moment: the later submission withdraws.
                         other = self._ahead(submitted) if submitted else None
                     if other is None:
                         return submitted
@@ -188,7 +188,7 @@ class RayJob:
                     restarts += 1
             if time.monotonic() - last_word > SILENCE_S:
                 last_word = time.monotonic()
-                log.warning("no news from %s for %.0f s; its log: %s", self.id, SILENCE_S, self.run.job_log)
+                log.warning("no journal event from %s for %.0f s; its log: %s", self.id, SILENCE_S, self.run.job_log)
             time.sleep(POLL_S)
 
     def request_stop(self, reason: str) -> None:
@@ -237,7 +237,7 @@ class RayJob:
         except DashboardAway as away:
             if self.cluster.local and not local_pids(self.config):
                 return "the local Ray is gone"
-            log.warning("%s; the journal is followed on", away)
+            log.warning("%s; the journal is still followed", away)
             return None
         if job["status"] == "PENDING" and time.time() - job["start_time"] / 1000 > 60:
             log.warning("job %s still waits in the cluster: %s", self.id, job.get("message", ""))

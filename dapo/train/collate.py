@@ -87,7 +87,7 @@ class Collator:
         sequences: list[tuple[int, int]] = []
         lengths: list[int] = []
         inputs: list[tuple[int, ...]] = []
-        # A few tokens that belong to nobody, behind the prompts: a round number of rows is computed faster.
+        # A few unused tokens after the prompts: a round number of rows is computed faster.
         written = sum(
             len(batch.groups[s.group].sequences[i].response_ids) - 1 for s in pack.segments for i in s.sequences
         )

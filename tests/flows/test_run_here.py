@@ -152,7 +152,7 @@ def test_unexpected_error_is_one_sentence_and_the_place_of_the_trace(place):
     run = Started(place, "unexpected", f"run_root={folder}")
     assert run.process.wait(60) == 1
     assert "Traceback" not in run.text
-    found = re.search(r"dapo: unexpected FileExistsError: .* The whole story: (\S+)", run.text)
+    found = re.search(r"dapo: unexpected FileExistsError: .* Trace in (\S+)", run.text)
     assert found, run.text
     assert "Traceback" in Path(found[1]).read_text()
     assert run.left_over() == []
