@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,9 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from dapo.errors import CheckpointError
 from dapo.model.load import BUILDING, EXPERT_SUFFIXES
 from dapo.model.tensors import checksum
-
-if TYPE_CHECKING:
-    from dapo.train.export import Snapshot
+from dapo.train.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from dapo.model.network import Network
 from dapo.train import checkpoint, export
 from dapo.train.background import Background
 from dapo.train.parallel import RankMesh
+from dapo.train.snapshot import take
 
 
 class PolicyWriter:
@@ -44,7 +45,7 @@ class PolicyWriter:
 
     def export(self, folder: Path) -> None:
         """Begin to write a Hugging Face folder and to compare it; returns when rank 0 has its weights in memory."""
-        snapshot = export.take(self.network, self.compute_dtype, self.ranks)
+        snapshot = take(self.network, self.compute_dtype, self.ranks)
         if snapshot is not None:
             self._writing.start(partial(export.write, folder, self.source, snapshot), "export")
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from dapo.errors import CheckpointError
 from dapo.model.tensors import checksum
 from dapo.train import export, export_check, weights
+from dapo.train.snapshot import take
 from tests.model.tiny import make_batch, make_folder
 from tests.train.policies import make_policy, step
 from tests.train.reference import run_config
@@ -19,7 +20,7 @@ GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
 
 def snapshot_of(tmp_path, kind, **sizes):
     policy = make_policy(make_folder(tmp_path / "hf", kind, **sizes), kind)
-    return export.take(policy.network, policy.compute_dtype, policy.ranks)
+    return take(policy.network, policy.compute_dtype, policy.ranks)
 
 
 def write(tmp_path, snapshot):
