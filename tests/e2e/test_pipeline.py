@@ -110,6 +110,7 @@ def test_killed_in_mid_run_it_continues_from_its_last_checkpoint(tmp_path):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_job_is_started_again_while_the_flow_goes_on(tmp_path):
     pipeline = Pipeline(tmp_path, ("train.steps=4",)).start()
@@ -131,6 +132,7 @@ def test_the_same_run_works_with_vllm(tmp_path):
     assert json.loads(pipeline.folder.mlflow.read_text())["run_id"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_engine_in_a_process_of_its_own_that_is_killed_is_replaced_while_its_trainer_lives_on(tmp_path):
     own = ("rollout.engine=vllm", "rollout.separate_process=true", "rollout.kv_cache_mib=64", "rollout.probe_every=1")

@@ -108,6 +108,7 @@ def test_a_life(config, monkeypatch):
     assert registry.require(2).tags["weights.from"] == str(registry.require(1).folder)
 
 
+@pytest.mark.nightly
 def test_a_champion_that_changed_meanwhile_is_the_one_to_beat(config):
     """While a person thinks about a promotion over version 1, somebody promotes version 2."""
     registry = Registry(tracking_uri(config), NAME)

@@ -128,6 +128,7 @@ def test_ctrl_c_before_training_leaves_nothing_running(place):
     assert run.left_over() == []
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_training_survives_a_killed_run_and_the_next_one_takes_it_over(place):
     run = Started(place, "survivor", "train.steps=40", STANDIN_SECONDS="0.5")

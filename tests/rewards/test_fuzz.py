@@ -108,6 +108,7 @@ def test_a_grader_that_takes_much_memory_for_a_moment_is_seen() -> None:
     assert grown(0.3, "tests.rewards.samples:greedy") > MAX_GROWTH_KIB
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_judging_for_longer_takes_little_memory() -> None:
     assert grown(30.0, "dapo.rewards.geometry3k:grade") < MAX_GROWTH_KIB

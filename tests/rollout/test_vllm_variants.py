@@ -219,7 +219,7 @@ def test_an_engine_process_that_is_killed_is_an_error_and_a_new_one_starts(
     assert not [path for path in shared if path.exists()]
 
 
-@pytest.mark.parametrize("stopped", ["core", "worker"])
+@pytest.mark.parametrize("stopped", ["core", pytest.param("worker", marks=pytest.mark.nightly)])
 def test_an_engine_process_that_is_stopped_is_an_error_in_time_and_a_new_one_starts(
     stopped: str, folder_of: Folders, processor_of: Processors
 ) -> None:
