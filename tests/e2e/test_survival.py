@@ -206,6 +206,11 @@ def test_cancelled_twice_it_stops_twice_with_a_checkpoint(servers, endless):
         servers.wait_until(lambda: not endless.job_processes(), "the job is gone", 60)
         # Prefect takes the end of the old process for the end of a retry that comes before it.
         servers.wait_until(lambda pid=followed_by: not Path(f"/proc/{pid}").exists(), "its process has ended", 60)
+        if attempt == 1:  # of which Prefect's worker reports the end once more, over a retry that comes before
+            message = "Flow run was cancelled successfully."
+            servers.wait_until(
+                lambda m=message: servers.flow_run(endless.id)["state"]["message"] == m, "the worker knows", 60
+            )
         servers.command("prefect", "flow-run", "retry", endless.id)
         servers.wait_until(lambda s=end.step: endless.steps() > s, "the retried flow run trains on")
         assert endless.events("started")[-1].step == end.step
