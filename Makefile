@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 help: ## List these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: install ## Train a small real Qwen3-VL with DAPO on this machine (two to six minutes on 2 cores)
+demo: install ## Train a small real Qwen3-VL with DAPO on this machine (one to three minutes on 2 cores)
 	@$(VENV)/bin/dapo run configs/geo3k_tiny.yaml
 
 test: install-vllm ## Run the default test suite (under ten minutes on 2 cores)
