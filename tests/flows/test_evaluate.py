@@ -81,6 +81,7 @@ def test_command_and_flow_measure_as_one_and_an_outage_of_mlflow_costs_nothing(c
     assert evaluate(away).root == measured.root
 
 
+@pytest.mark.nightly
 def test_several_devices_answer_as_one_does(config):
     """On a Ray of our own, with two workers; sampling depends on (seed, prompt, sample) alone."""
     two = evaluate(io.override(config, {"model.parallel.world_size": 2, "name": "two", "seed": 3}))
