@@ -22,7 +22,7 @@ from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
 from dapo.observe import manifest
-from dapo.observe.journal import follow, read
+from dapo.observe.journal import follow, last_end, read
 from dapo.observe.run_folder import RunFolder
 from dapo.runtime.turn import ClusterHolder
 from tasks.journal_relay import JournalRelay, known
@@ -97,10 +97,8 @@ def stopped(config: RunConfig) -> State[Any]:
     Raises:
         TrainingError: it was not requested: the controller gave up; the message has the reason.
     """
-    from dapo.runtime.ray_job import ended
-
     folder = RunFolder.of(config)
-    end = ended(folder)
+    end = last_end(folder.journal)
     if end is None:
         return Cancelled(message="ended before it could save; run again to go on from the last checkpoint")
     if not folder.stop_request.exists():

@@ -76,11 +76,10 @@ class DeepStack:
     transformers adds them where a mask is true, which makes the host wait for the device twice in each of these layers.
     """
 
-    def __init__(self, visual: nn.Module, text: nn.Module) -> None:
-        config, layers = getattr(visual, "config"), getattr(text, "layers")  # noqa: B009 - of any module, says mypy
+    def __init__(self, visual: Any, text: Any) -> None:
         self._index: Tensor | None = None
         self._features: Sequence[Tensor] = ()
-        for number, layer in enumerate(layers[: len(config.deepstack_visual_indexes)]):
+        for number, layer in enumerate(text.layers[: len(visual.config.deepstack_visual_indexes)]):
             layer.register_forward_hook(partial(self._add, number))
 
     def place(self, index: Tensor, features: Sequence[Tensor]) -> None:

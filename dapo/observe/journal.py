@@ -112,6 +112,15 @@ def last_start(path: Path) -> int:
     return max((behind for event, behind in follow(path) if event.kind == "started"), default=0)
 
 
+def last_end(path: Path) -> Event | None:
+    """The `ended` event of the newest attempt; None while it has none."""
+    last: Event | None = None
+    for event in read(path):
+        if event.kind in ("started", "ended"):
+            last = event
+    return last if last is not None and last.kind == "ended" else None
+
+
 def more(path: Path, offset: int) -> bool:
     """Whether there is a whole event behind `offset`."""
     return next(follow(path, offset), None) is not None

@@ -76,16 +76,8 @@ class VllmEngine:
         answer_s: float = 600.0,
     ) -> None:
         self.processor, self.folder, self.platform = processor, Path(weights), torch.device(device).type
-        if expert_parallel and tensor_parallel > 1 and self.platform == "cpu":
-            raise ConfigError(
-                f"rollout.expert_parallel=true with rollout.tensor_parallel={tensor_parallel}: vLLM's kernel for CPU "
-                "ignores which experts a rank holds and crashes; use rollout.expert_parallel=false there"
-            )
-        if return_routed_experts and self.platform == "cpu":
-            raise ConfigError(
-                "rollout.router_replay=true: vLLM on CPU does not report which experts it chose (its model runner "
-                "there has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
-            )
+        if self.platform == "cpu":
+            _refuse_on_cpu(tensor_parallel, expert_parallel, return_routed_experts)
         self.version, self._asleep = 0, frozenset[str]()
         self._separate = separate_process
         self.vocab_size = processor.vocab_size
@@ -118,16 +110,9 @@ class VllmEngine:
         if tensor_parallel > 1 and not separate_process:
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.platform == "cpu":
-            arguments["kv_cache_memory_bytes"] = kv_cache_mib * 2**20
-            # The smallest that vLLM has kernels for: the samples of a prompt share whole blocks of it only, and its own
-            # choice, 128, is longer than many prompts are.
-            arguments["block_size"] = 32
-            # A prompt prefilled in part takes back its request's random number, which CPU generators cannot
-            # ("CPU Generator does not use offset", 0.32): so prompts are prefilled whole there.
-            arguments["max_num_batched_tokens"] = max(4096, max_model_len)
+            arguments |= _cpu_arguments(kv_cache_mib, max_model_len)
         else:
-            arguments["gpu_memory_utilization"] = memory_share
-            arguments["enable_sleep_mode"] = True
+            arguments |= {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
         if self.platform == "npu":
             version = ascend.installed_version()
             ascend.check_environment(version, eager=eager)
@@ -290,3 +275,28 @@ class VllmEngine:
         """A sixteenth of the model, so that no rank holds much of it twice."""
         files = self.folder.glob("*.safetensors")
         return max(SMALLEST_BUCKET, sum(f.stat().st_size for f in files) // 16)
+
+
+def _refuse_on_cpu(tensor_parallel: int, expert_parallel: bool, return_routed_experts: bool) -> None:
+    if expert_parallel and tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.expert_parallel=true with rollout.tensor_parallel={tensor_parallel}: vLLM's kernel for CPU "
+            "ignores which experts a rank holds and crashes; use rollout.expert_parallel=false there"
+        )
+    if return_routed_experts:
+        raise ConfigError(
+            "rollout.router_replay=true: vLLM on CPU does not report which experts it chose (its model runner "
+            "there has no auxiliary outputs); use rollout.engine=transformers, or rollout.router_replay=false"
+        )
+
+
+def _cpu_arguments(kv_cache_mib: int, max_model_len: int) -> dict[str, Any]:
+    return {
+        "kv_cache_memory_bytes": kv_cache_mib * 2**20,
+        # The smallest that vLLM has kernels for: the samples of a prompt share whole blocks of it only, and its own
+        # choice, 128, is longer than many prompts are.
+        "block_size": 32,
+        # A prompt prefilled in part takes back its request's random number, which CPU generators cannot
+        # ("CPU Generator does not use offset", 0.32): so prompts are prefilled whole there.
+        "max_num_batched_tokens": max(4096, max_model_len),
+    }

@@ -1,4 +1,4 @@
-"""The training job of a run: submit it or find it running, follow its journal, start it again when it crashed, stop it.
+"""The Ray job of a run or an evaluation: submit or find it, follow its journal, restart it after a crash, stop it.
 
 Progress is read from the journal in the run folder only; Ray is asked only whether the job still exists.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from dapo.config.run import RunConfig
 from dapo.errors import TrainingError
-from dapo.observe.journal import Event, follow, last_start, more, read
+from dapo.observe.journal import Event, follow, last_end, last_start, more, read
 from dapo.observe.run_folder import RunFolder
 from dapo.runtime.cluster import connect, local_pids
 from dapo.runtime.dashboard import TERMINAL, AlreadySubmitted, Dashboard, DashboardAway, UnknownJob
@@ -115,7 +115,7 @@ class RayJob:
     def _start(self) -> bool:
         found = self.running()
         waited_until = time.monotonic() + LEAVE_S
-        while found and ended(self.run) is not None and time.monotonic() < waited_until:
+        while found and last_end(self.run.journal) is not None and time.monotonic() < waited_until:
             # It has written its `ended` event and is about to exit; or it is new and has written nothing yet.
             time.sleep(POLL_S)
             found = self.running()
@@ -273,18 +273,9 @@ class RayJob:
         return [j for j in self.cluster.jobs() if j["submission_id"].startswith(prefix)]
 
 
-def ended(run: RunFolder) -> Event | None:
-    """The `ended` event of the run's newest attempt; None while it has none."""
-    last: Event | None = None
-    for event in read(run.journal):
-        if event.kind in ("started", "ended"):
-            last = event
-    return last if last is not None and last.kind == "ended" else None
-
-
 def already_finished(config: RunConfig) -> int | None:
     """The step at which this run reached its configured end and may be taken as done; None where there is work."""
-    end = ended(RunFolder.of(config))
+    end = last_end(RunFolder.of(config).journal)
     if end is None or end.data["status"] != "finished" or config.train.resume == "never":
         return None
     return end.step if end.step >= config.train.steps else None

@@ -13,8 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Completed, Pending, Running
 
 from dapo.errors import TrainingError
-from dapo.observe.journal import read
-from dapo.runtime.ray_job import ended
+from dapo.observe.journal import last_end, read
 from flows import down
 from flows.up import Stack
 from tests.flows.test_ray_job import job_of, make_run
@@ -72,7 +71,7 @@ def test_it_waits_for_the_trainings_here_and_their_flow_runs_and_for_nothing_els
         time.sleep(0.1)
 
     def follow():
-        while not ended(run):
+        while not last_end(run.journal):
             time.sleep(0.1)
         time.sleep(2.0)  # its report
         reported.append(time.monotonic())
@@ -84,7 +83,7 @@ def test_it_waits_for_the_trainings_here_and_their_flow_runs_and_for_nothing_els
     down._stop_trainings(stack, True, 60.0)
     assert reported, "its flow run was waited for"
     follower.join()
-    assert ended(run).data == {"status": "stopped", "reason": "dapo down --stop-runs"}
+    assert last_end(run.journal).data == {"status": "stopped", "reason": "dapo down --stop-runs"}
     down._stop_trainings(stack, True, 0.0)
 
 

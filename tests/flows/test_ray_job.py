@@ -12,10 +12,11 @@ import pytest
 from dapo.config import io
 from dapo.config.run import RunConfig
 from dapo.errors import EnvironmentCheckError, TrainingError
+from dapo.observe.journal import last_end
 from dapo.observe.run_folder import RunFolder
 from dapo.runtime import cluster, processes, ray_job
 from dapo.runtime.dashboard import Dashboard, DashboardAway
-from dapo.runtime.ray_job import RayJob, ended
+from dapo.runtime.ray_job import RayJob
 from tasks.train import stop_running_job
 
 STANDIN = str(Path(__file__).parent / "standin_job.py")
@@ -63,7 +64,7 @@ def test_events_are_followed_to_the_end_and_offsets_continue_behind_them(ray, ro
     events = list(job.follow())
     expected = [("validation", 0), ("validation", 2), ("checkpoint", 2), ("validation", 4), ("checkpoint", 4)]
     assert kinds(events) == [*expected, ("ended", 4)]
-    assert (ended(run).step, ended(run).data["status"]) == (4, "finished")
+    assert (last_end(run.journal).step, last_end(run.journal).data["status"]) == (4, "finished")
     third = events[2][1]
     assert [e for e, _ in events[3:]] == [e for e, _ in job.follow(third)]
     job.keep_output()
@@ -110,7 +111,7 @@ def test_job_that_was_asked_to_stop_is_not_started_again_when_it_fails(ray, root
     looks = []
 
     def idle():
-        if ended(run):
+        if last_end(run.journal):
             looks.append(time.monotonic())
 
     events = list(job.follow(idle=idle, asked_to_stop=lambda: len(looks) > patience))
@@ -184,7 +185,7 @@ def test_job_of_a_flow_run_without_a_process_is_stopped_with_a_checkpoint(ray, r
     while not run.journal.exists():
         time.sleep(0.1)
     stop_running_job(config)
-    end = ended(run)
+    end = last_end(run.journal)
     assert end.data == {"status": "stopped", "reason": "the flow run was cancelled"}
     assert run.checkpoint(end.step).is_dir()
 
